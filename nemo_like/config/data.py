@@ -1,0 +1,78 @@
+"""Where examples come from and how they become tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nemo_like.config.base import Fraction, Node, NonNegative, Positive, PositiveFloat
+
+
+class DatasetConfig(Node):
+    """One source of rows; unset fields fall back to `data.default`."""
+
+    dataset_name: str | None = None
+    """`arithmetic` (bundled), or a name or path for `datasets.load_dataset`."""
+    data_path: str | None = None
+    """A local .jsonl or .parquet file, or a folder of them; takes the place of `dataset_name`."""
+    split: str = "train"
+    """Split of a `datasets` source."""
+    subset: str | None = None
+    """Configuration name of a `datasets` source."""
+    input_key: str = "input"
+    """Column of the prompt."""
+    output_key: str = "output"
+    """Column of the response."""
+    messages_key: str | None = None
+    """Column of chat messages `[{role, content}, ...]`; takes the place of `input_key` and `output_key`."""
+    weight: PositiveFloat = 1.0
+    """Share of this source among several, relative to the others."""
+    split_validation_size: Fraction = 0.0
+    """Share of the rows held out for validation."""
+    seed: NonNegative | None = None
+    """Seed of the hold-out; null is the algorithm's seed."""
+    num_rows: Positive | None = None
+    """Take the first rows only (of `arithmetic`: generate that many)."""
+    prompt_file: str | None = None
+    """A text file with one `{}` that the prompt is put into."""
+    system_prompt_file: str | None = None
+    """A text file with the system message."""
+    env_name: str | None = None
+    """The environment that judges answers: `arithmetic` or `math`."""
+
+
+class DatasetDefaults(Node):
+    """What `data.train` and `data.validation` inherit where they say nothing."""
+
+    prompt_file: str | None = None
+    """See `data.train.prompt_file`."""
+    system_prompt_file: str | None = None
+    """See `data.train.system_prompt_file`."""
+    env_name: str | None = None
+    """See `data.train.env_name`."""
+
+
+class DataConfig(Node):
+    """The data of a run."""
+
+    train: DatasetConfig | tuple[DatasetConfig, ...] = DatasetConfig(dataset_name="arithmetic")
+    """One source or a list of them, mixed by `weight`."""
+    validation: DatasetConfig | tuple[DatasetConfig, ...] | None = None
+    """Held-out rows; null uses `split_validation_size` of the training sources, if set."""
+    default: DatasetDefaults = DatasetDefaults()
+    """What sources inherit."""
+    max_input_seq_length: Positive | None = None
+    """Longest sequence in tokens; null is `policy.max_total_sequence_length`."""
+    shuffle: bool = True
+    """New order in every epoch, from the seed."""
+    num_workers: Positive = 1
+    """Processes that tokenise; 1 is the driver itself."""
+    add_bos: bool = True
+    """Start with the beginning-of-sequence token, where the tokenizer has one and the template does not."""
+    add_eos: bool = True
+    """End the last assistant turn with the end-of-sequence token, where the template does not."""
+    add_generation_prompt: bool = False
+    """Put the template's generation prompt before the assistant's turn."""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """What a bad row does: end the run with a report before training, or be left out."""
+    max_bad_rows: Fraction = 0.01
+    """Under `bad_rows=drop`: the share of rows that may be left out."""

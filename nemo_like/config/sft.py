@@ -1,0 +1,56 @@
+"""The tree of a supervised fine-tuning run."""
+
+from __future__ import annotations
+
+from nemo_like.config.base import Node, NonNegative, Positive
+from nemo_like.config.data import DataConfig
+from nemo_like.config.policy import PolicyConfig
+from nemo_like.config.run import CheckpointingConfig, ClusterConfig, LoggerConfig
+
+
+class SFTConfig(Node):
+    """How long to train, and when to validate."""
+
+    max_num_epochs: Positive = 1
+    """Passes over the data; training ends at the smaller of epochs and steps."""
+    max_num_steps: Positive = 60
+    """Optimizer steps."""
+    val_period: NonNegative = 10
+    """Steps between validations; 0 is never."""
+    val_batches: NonNegative = 8
+    """Batches of one validation; 0 is all."""
+    val_global_batch_size: Positive = 32
+    """Sequences of one validation batch."""
+    val_micro_batch_size: Positive = 1
+    """Sequences of one forward pass per rank in validation."""
+    val_at_start: bool = True
+    """Validate before the first step."""
+    val_at_end: bool = True
+    """Validate after the last step."""
+    val_num_answers: NonNegative = 0
+    """Held-out prompts answered greedily and judged by `env_name` at the start and the end; 0 is none."""
+    val_max_new_tokens: Positive = 128
+    """Longest such answer."""
+    seed: NonNegative = 42
+    """Seed of weights, order and everything else."""
+    only_unmask_final: bool = False
+    """Learn the last assistant turn only, not all of them."""
+    skip_non_finite_steps: NonNegative = 0
+    """Steps with a NaN or infinite loss or gradient that may be skipped before the run stops."""
+
+
+class SFTTree(Node):
+    """Supervised fine-tuning."""
+
+    sft: SFTConfig = SFTConfig()
+    """How long to train, and when to validate."""
+    policy: PolicyConfig = PolicyConfig()
+    """The model in training."""
+    data: DataConfig = DataConfig()
+    """The data of a run."""
+    checkpointing: CheckpointingConfig = CheckpointingConfig()
+    """When checkpoints are written, and which are kept."""
+    logger: LoggerConfig = LoggerConfig()
+    """Where metrics go."""
+    cluster: ClusterConfig = ClusterConfig()
+    """The machines a run may use."""

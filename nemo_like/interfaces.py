@@ -1,0 +1,149 @@
+"""The Protocols between the algorithms and the world. Read this file first.
+
+An algorithm sees a `Policy` (the model that learns), a `Generator` (the engine that samples), an
+`Environment` (what rewards) and a `Journal` (metrics, checkpoints, signals), and nothing of torch.distributed,
+Ray, vLLM or transformers. `PolicyBackend` is one rank's half of a `Policy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nemo_like.types import (
+    Metrics,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    Shard,
+    StepStats,
+    TrainBatch,
+)
+
+
+class Loss(Protocol):
+    """A loss over one micro-batch; picklable, since it travels to the workers.
+
+    Shapes: `logprobs_N` is aligned with `batch.token_ids_N`: entry t is log p(token t | tokens before t in
+    its sequence), and 0 for the first token of each sequence.
+    """
+
+    def __call__(self, logprobs_N: Tensor, batch: TrainBatch) -> tuple[Tensor, Metrics]:
+        """This micro-batch's share of the global loss (summing shares gives the loss), and metrics."""
+        ...
+
+
+class PolicyBackend(Protocol):
+    """One rank of a model in training. Parallel forms, packing and offload are its private affair."""
+
+    def logprobs(self, shard: Shard) -> Tensor:
+        """Log-probabilities (nats, fp32, no gradient) aligned with `shard.batch.token_ids_N`. Shapes: [N]."""
+        ...
+
+    def train_step(self, shard: Shard, loss: Loss) -> StepStats:
+        """Forward, backward, clip, optimizer and schedule: one whole step."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as a tree of (sharded) tensors and plain values."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a tree of `state()`'s shape as the new state."""
+        ...
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by Hugging Face name; a collective: every rank iterates, and gets the same."""
+        ...
+
+    def close(self) -> None:
+        """Release processes and memory; safe to call twice."""
+        ...
+
+
+class Policy(Protocol):
+    """The model in training, seen whole: the same verbs on the global batch."""
+
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """Log-probabilities (nats, fp32, no gradient) aligned with `batch.token_ids_N`. Shapes: [N]."""
+        ...
+
+    def train_step(self, batch: TrainBatch, loss: Loss) -> StepStats:
+        """One optimizer step on the whole batch."""
+        ...
+
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        """Write model, optimizer and RNG state into `folder`; returns when the state is copied or written."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take the state that `save` wrote, in whatever layout this policy has."""
+        ...
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by Hugging Face name, one after the other."""
+        ...
+
+    def close(self) -> None:
+        """Release processes and memory; safe to call twice."""
+        ...
+
+
+class Generator(Protocol):
+    """An engine that completes prompts with a copy of the policy's weights."""
+
+    def sync(self, policy: Policy) -> None:
+        """Take the policy's weights of now."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """One rollout per prompt, in the order of the prompts."""
+        ...
+
+    def close(self) -> None:
+        """Release processes and memory; safe to call twice."""
+        ...
+
+
+class Environment(Protocol):
+    """What judges a rollout."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """One reward per rollout, in order; finite."""
+        ...
+
+
+class MetricSink(Protocol):
+    """A place that metrics go to: console, file, TensorBoard, W&B, MLflow."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Take the reduced values of one step."""
+        ...
+
+    def close(self) -> None:
+        """Write what is buffered; safe to call twice."""
+        ...
+
+
+class Journal(Protocol):
+    """What hangs on every step, kept out of the algorithms: metrics, timing, checkpoints, signals."""
+
+    def steps(self) -> Iterator[int]:
+        """The step numbers still to do, from 1; ends early at a signal or a time limit, after saving."""
+        ...
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time spent inside is booked under this name."""
+        ...
+
+    def record(self, step: int, stats: StepStats) -> None:
+        """Book a training step."""
+        ...
+
+    def record_validation(self, step: int, metrics: Metrics) -> None:
+        """Book a validation; its metrics are named `val:<name>` for checkpoints."""
+        ...

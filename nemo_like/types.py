@@ -1,0 +1,164 @@
+"""The records that travel between algorithm, backend and engine.
+
+Shape legend (suffixes of tensor names, used in the whole package):
+    P prompts, G samples of one prompt, B sequences, T tokens of one sequence, N tokens of all sequences
+    laid end to end, V vocabulary, D model width.
+
+Four log-probabilities, never mixed: `sampled_` (from the rollout engine), `old_` (the policy at the start
+of the step), `ref_` (the frozen start weights), and bare `logprobs` (with gradient).
+
+Batches are ragged: sequences lie end to end, without padding. How a backend pads or packs them into rows is
+its own affair, so no loss can depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "sum", "min", "max", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A value that knows how it combines with others of its name.
+
+    `weight` is what a mean is weighted with (tokens, sequences, ...); other reductions ignore it.
+    """
+
+    value: float
+    reduction: Reduction = "last"
+    weight: float = 1.0
+
+
+Metrics = dict[str, Metric]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised training sequence; `loss_mask[t]` says whether token t is a target.
+
+    Example: "2+2=" answered "4<eos>" is `token_ids=(17, 10, 17, 28, 19, 0)` with
+    `loss_mask=(False, False, False, False, True, True)`.
+    """
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What an engine completes: `index` is the row in its data set, `answer` what the environment expects."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion of a prompt.
+
+    `token_ids` and `sampled_logprobs` (nats) hold the completion alone, its end-of-sequence token included.
+    `weights_version` is the number of the weight update that the engine had applied.
+    """
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    sampled_logprobs: tuple[float, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    weights_version: int
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an engine picks tokens; `temperature=0` is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Sequences laid end to end, and the denominators of the whole optimizer step.
+
+    `num_loss_tokens` and `num_sequences` count the *global* batch, whatever part of it this object holds:
+    that is why micro-batches, packing and the number of data-parallel ranks never change a loss.
+
+    Example, of two sequences "ab" -> "c" and "d" -> "ef":
+        token_ids_N = [a b c d e f], loss_mask_N = [0 0 1 0 1 1], lengths_B = [3 3], num_loss_tokens = 3
+    """
+
+    token_ids_N: Tensor
+    loss_mask_N: Tensor
+    lengths_B: Tensor
+    num_loss_tokens: int
+    num_sequences: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> TrainBatch:
+        """The batch that holds exactly these examples, in this order."""
+        mask_N = torch.tensor([m for e in examples for m in e.loss_mask], dtype=torch.bool)
+        return cls(
+            token_ids_N=torch.tensor([t for e in examples for t in e.token_ids], dtype=torch.int64),
+            loss_mask_N=mask_N,
+            lengths_B=torch.tensor([len(e.token_ids) for e in examples], dtype=torch.int64),
+            num_loss_tokens=int(mask_N.sum()),
+            num_sequences=len(examples),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths_B)
+
+    def token_index(self, rows: Sequence[int]) -> Tensor:
+        """The positions in N of all tokens of these sequences, in this order. Shapes: [n]."""
+        ends = self.lengths_B.cumsum(0).tolist()
+        spans = [torch.arange(ends[r] - int(self.lengths_B[r]), ends[r]) for r in rows]
+        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+
+    def select(self, rows: Sequence[int]) -> TrainBatch:
+        """These sequences, in this order, with the global denominators unchanged."""
+        index = self.token_index(rows)
+        per_token = {
+            f.name: getattr(self, f.name)[index]
+            for f in dataclasses.fields(self)
+            if f.name.endswith("_N") and getattr(self, f.name) is not None
+        }
+        return dataclasses.replace(self, lengths_B=self.lengths_B[list(rows)], **per_token)
+
+
+Row = tuple[int, ...]
+"""Sequences (by their index in a shard) that share one row of a model input; more than one when packed."""
+MicroBatch = tuple[Row, ...]
+"""Rows that go through the model together."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one data-parallel rank gets of a batch: its sequences, and which of them share a forward pass.
+
+    Every rank gets the same number of micro-batches, because every forward pass is a collective.
+    A rank with nothing left to do gets an empty micro-batch `()`: it takes part with a dummy row.
+    """
+
+    batch: TrainBatch
+    micro_batches: tuple[MicroBatch, ...]
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did. `phases` are seconds of wall time by name; they sum to the step's time."""
+
+    metrics: Metrics
+    phases: dict[str, float] = field(default_factory=dict)
