@@ -1,1 +1,1 @@
-"""The validated configuration tree. Imports neither torch nor ray nor vllm: a typo is reported in a second."""
+"""The validated configuration tree. No torch, ray or vllm: a typo is reported in a second."""

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Values that are fine one by one, wrong together; `keys` are dotted paths below the node."""
+
+    keys: tuple[str, ...]
+    message: str
+
+    def below(self, prefix: str) -> Conflict:
+        """The same conflict, seen from the parent that holds the node as `prefix`."""
+        return Conflict(tuple(f"{prefix}.{key}" for key in self.keys), self.message)
 
 
 class Node(BaseModel):
@@ -19,9 +33,44 @@ class Node(BaseModel):
         protected_namespaces=(),
     )
 
+    def conflicts(self) -> Iterator[Conflict]:
+        """What is wrong between the fields of this node."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self, info: ValidationInfo) -> Self:
+        if not defers_conflicts(info.context):
+            found = [f"{' and '.join(c.keys)}: {c.message}" for c in self.conflicts()]
+            if found:
+                raise ValueError("; ".join(found))
+        return self
+
+
+DEFER_CONFLICTS = {"defer_conflicts": True}
+"""Validation context under which nodes check fields only; `conflicts_of` then finds the rest."""
+
+
+def defers_conflicts(context: Any) -> bool:
+    """True where the caller promises to look at `conflicts_of` itself."""
+    return context is DEFER_CONFLICTS
+
+
+def conflicts_of(node: Node) -> Iterator[Conflict]:
+    """Every conflict of a node and of the nodes below it."""
+    yield from node.conflicts()
+    for name in type(node).model_fields:
+        value = getattr(node, name)
+        if isinstance(value, Node):
+            yield from (conflict.below(name) for conflict in conflicts_of(value))
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                if isinstance(item, Node):
+                    yield from (c.below(f"{name}.{index}") for c in conflicts_of(item))
+
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+EnvVars = dict[str, Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]]

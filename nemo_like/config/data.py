@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from nemo_like.config.base import Fraction, Node, NonNegative, Positive, PositiveFloat
+from pydantic import Discriminator, Tag
+
+from nemo_like.config.base import Conflict, Fraction, Node, NonNegative, Positive, PositiveFloat
 
 
 class DatasetConfig(Node):
@@ -23,7 +26,7 @@ class DatasetConfig(Node):
     output_key: str = "output"
     """Column of the response."""
     messages_key: str | None = None
-    """Column of chat messages `[{role, content}, ...]`; takes the place of `input_key` and `output_key`."""
+    """Column of chat messages `[{role, content}, ...]`; replaces `input_key` and `output_key`."""
     weight: PositiveFloat = 1.0
     """Share of this source among several, relative to the others."""
     split_validation_size: Fraction = 0.0
@@ -39,6 +42,13 @@ class DatasetConfig(Node):
     env_name: str | None = None
     """The environment that judges answers: `arithmetic` or `math`."""
 
+    def conflicts(self) -> Iterator[Conflict]:
+        """A source that is none, or can not be held out from."""
+        if self.dataset_name is None and self.data_path is None:
+            yield Conflict(("dataset_name", "data_path"), "one of them must say where rows are")
+        if self.split_validation_size == 1:
+            yield Conflict(("split_validation_size",), "nothing would be left to train on")
+
 
 class DatasetDefaults(Node):
     """What `data.train` and `data.validation` inherit where they say nothing."""
@@ -51,12 +61,23 @@ class DatasetDefaults(Node):
     """See `data.train.env_name`."""
 
 
+def _how_many(value: Any) -> str:
+    """The tag of the union below, so that an error speaks of what the user wrote."""
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
+Sources = Annotated[
+    Annotated[DatasetConfig, Tag("one")] | Annotated[tuple[DatasetConfig, ...], Tag("several")],
+    Discriminator(_how_many),
+]
+
+
 class DataConfig(Node):
     """The data of a run."""
 
-    train: DatasetConfig | tuple[DatasetConfig, ...] = DatasetConfig(dataset_name="arithmetic")
+    train: Sources = DatasetConfig(dataset_name="arithmetic")
     """One source or a list of them, mixed by `weight`."""
-    validation: DatasetConfig | tuple[DatasetConfig, ...] | None = None
+    validation: Sources | None = None
     """Held-out rows; null uses `split_validation_size` of the training sources, if set."""
     default: DatasetDefaults = DatasetDefaults()
     """What sources inherit."""
@@ -67,7 +88,7 @@ class DataConfig(Node):
     num_workers: Positive = 1
     """Processes that tokenise; 1 is the driver itself."""
     add_bos: bool = True
-    """Start with the beginning-of-sequence token, where the tokenizer has one and the template does not."""
+    """Start with the beginning-of-sequence token, where there is one and the template has none."""
     add_eos: bool = True
     """End the last assistant turn with the end-of-sequence token, where the template does not."""
     add_generation_prompt: bool = False
@@ -76,3 +97,20 @@ class DataConfig(Node):
     """What a bad row does: end the run with a report before training, or be left out."""
     max_bad_rows: Fraction = 0.01
     """Under `bad_rows=drop`: the share of rows that may be left out."""
+
+    def sources(self) -> dict[str, DatasetConfig]:
+        """Every source by its dotted path."""
+        found: dict[str, DatasetConfig] = {}
+        for name in ("train", "validation"):
+            value: DatasetConfig | tuple[DatasetConfig, ...] | None = getattr(self, name)
+            if isinstance(value, DatasetConfig):
+                found[f"data.{name}"] = value
+            else:
+                found |= {f"data.{name}.{i}": source for i, source in enumerate(value or ())}
+        return found
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Lists without a source, and two ways to say what validation is."""
+        for name in ("train", "validation"):
+            if getattr(self, name) == ():
+                yield Conflict((name,), "the list is empty")

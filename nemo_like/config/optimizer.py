@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import AliasChoices, Field
-
 from nemo_like.config.base import (
+    Conflict,
     Fraction,
     Node,
     NonNegative,
@@ -16,19 +17,32 @@ from nemo_like.config.base import (
 )
 
 OptimizerName = Literal["adam", "sgd", "muon", "dist_muon"]
-ScaleMode = Literal[
-    "spectral", "unit_rms_norm", "shape_scaling", "original", "match_rms_adamw"
-]
+ScaleMode = Literal["spectral", "unit_rms_norm", "shape_scaling", "original", "match_rms_adamw"]
 CoefficientType = Literal["quintic", "simple", "polar_express", "cans", "cubic5", "deepseekv4"]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+
+NEWTON_SCHULZ_STEPS: dict[str, range] = {
+    # `quintic` and `cubic5` are five different polynomials, each made for what the one before it
+    # leaves: one step more or less sends singular values towards zero.
+    "quintic": range(5, 6),
+    "cubic5": range(5, 6),
+    # One polynomial, repeated.
+    "simple": range(1, 100),
+    # Five opening polynomials, then one that converges and may repeat.
+    "polar_express": range(5, 100),
+    "cans": range(5, 100),
+    # Eight times `simple`, then the polishing polynomial this schedule is chosen for.
+    "deepseekv4": range(10, 100),
+}
+"""The step counts that each Newton-Schulz schedule was made for."""
 
 
 class OptimizerConfig(Node):
     """Which parameters are updated how."""
 
     optimizer: OptimizerName = "adam"
-    """`adam` (AdamW), `sgd`, or `muon`: Muon for hidden matrices, AdamW for the rest. `dist_muon` = `muon`."""
-    lr: PositiveFloat | Literal[0] = 5e-6
+    """`adam` (AdamW), `sgd`, or `muon` = `dist_muon`: Muon for hidden matrices, AdamW for the rest."""
+    lr: NonNegativeFloat = 5e-6
     """Peak learning rate, of both halves."""
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the decay."""
@@ -44,14 +58,12 @@ class OptimizerConfig(Node):
     """Momentum of `optimizer=sgd`."""
     muon_momentum: Fraction = 0.95
     """Decay of Muon's momentum, an exponential moving average of gradients."""
-    muon_use_nesterov: bool = Field(
-        default=False, validation_alias=AliasChoices("muon_use_nesterov", "muon_nesterov")
-    )
+    muon_use_nesterov: bool = False
     """Orthogonalise a look-ahead of the momentum. `muon_nesterov` is the same key."""
     muon_scale_mode: ScaleMode = "spectral"
-    """Factor of the orthogonal update for a (rows, cols) matrix; `spectral` is sqrt(max(rows, cols))."""
+    """Factor of a (rows, cols) matrix's orthogonal update; `spectral` is sqrt(max(rows, cols))."""
     muon_extra_scale_factor: PositiveFloat | None = None
-    """Further factor; null is 0.2 for `spectral` (an AdamW-sized step, so one lr serves both halves), else 1."""
+    """Further factor; null is 0.2 for `spectral` (steps of AdamW's size), else 1."""
     muon_coefficient_type: CoefficientType = "quintic"
     """The Newton-Schulz schedule."""
     muon_num_ns_steps: Positive = 5
@@ -61,13 +73,44 @@ class OptimizerConfig(Node):
     muon_ns_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     """Overrides `muon_fp32_matmul_prec`."""
     muon_tp_mode: Literal["duplicated", "distributed", "blockwise"] = "duplicated"
-    """Under tensor parallelism: the first two are exact; `blockwise` orthogonalises each shard by itself."""
+    """Under tensor parallelism: the first two are exact; `blockwise` takes each shard by itself."""
     muon_split_qkv: bool = True
     """Orthogonalise q, k and v of a packed matrix separately."""
     muon_include: tuple[str, ...] = ()
     """Regular expressions of parameter names that Muon takes although the rules would not."""
     muon_exclude: tuple[str, ...] = ()
-    """Regular expressions of parameter names that AdamW takes although the rules would give them to Muon."""
+    """Regular expressions of parameter names that AdamW takes although the rules say Muon."""
+
+    @property
+    def is_muon(self) -> bool:
+        """True where hidden matrices are Muon's."""
+        return self.optimizer in ("muon", "dist_muon")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Step counts a schedule was not made for; decays that never forget; broken expressions."""
+        allowed = NEWTON_SCHULZ_STEPS[self.muon_coefficient_type]
+        if self.muon_num_ns_steps not in allowed:
+            counts = str(allowed[0]) if len(allowed) == 1 else f"{allowed[0]} or more"
+            yield Conflict(
+                ("muon_coefficient_type", "muon_num_ns_steps"),
+                f"the {self.muon_coefficient_type} schedule is made for {counts} steps; "
+                "with other counts its result is not orthogonal",
+            )
+        for name in ("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum"):
+            if getattr(self, name) == 1:
+                yield Conflict((name,), "must be less than 1: at 1 no gradient ever enters")
+        for name in ("muon_include", "muon_exclude"):
+            for pattern in getattr(self, name):
+                if reason := _broken_expression(pattern):
+                    yield Conflict((name,), f"{pattern!r} is no regular expression: {reason}")
+
+
+def _broken_expression(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 class SchedulerConfig(Node):
@@ -91,3 +134,33 @@ class SchedulerConfig(Node):
     """Weight decay at the end; null is `weight_decay`."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
     """How weight decay goes from start to end."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Parts of the schedule that do not fit into each other."""
+        wsd = self.lr_decay_style == "WSD"
+        if wsd and self.lr_wsd_decay_iters is None:
+            yield Conflict(
+                ("lr_decay_style", "lr_wsd_decay_iters"),
+                "WSD needs the length of its last part: set lr_wsd_decay_iters",
+            )
+        if not wsd and self.lr_wsd_decay_iters is not None:
+            yield Conflict(
+                ("lr_decay_style", "lr_wsd_decay_iters"),
+                "only lr_decay_style=WSD has such a part",
+            )
+        end = self.lr_decay_iters
+        if end is not None and self.lr_warmup_iters >= end:
+            yield Conflict(
+                ("lr_warmup_iters", "lr_decay_iters"), "the warm-up must end before the decay does"
+            )
+        if end is not None and self.lr_warmup_iters + (self.lr_wsd_decay_iters or 0) > end:
+            yield Conflict(
+                ("lr_warmup_iters", "lr_wsd_decay_iters", "lr_decay_iters"),
+                "warm-up and last part together are longer than the schedule",
+            )
+        both = (self.start_weight_decay, self.end_weight_decay)
+        if self.weight_decay_incr_style == "constant" and both[0] != both[1]:
+            yield Conflict(
+                ("weight_decay_incr_style", "start_weight_decay", "end_weight_decay"),
+                "a constant weight decay starts and ends at the same value",
+            )

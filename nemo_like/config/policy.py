@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 
-from nemo_like.config.base import Node, Positive, PositiveFloat
+from nemo_like.config.base import Conflict, EnvVars, Node, Positive, PositiveFloat
+from nemo_like.config.megatron import MUON_NEEDS, MegatronConfig
 from nemo_like.config.optimizer import OptimizerConfig, SchedulerConfig
 
-Precision = Literal["bfloat16", "float16", "float32"]
+Precision = Literal["bfloat16", "float32"]
 
 
 class TokenizerConfig(Node):
@@ -40,8 +42,40 @@ class DTensorConfig(Node):
     """Recompute each block's activations in the backward pass."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory."""
-    env_vars: dict[str, str] = Field(default_factory=dict)
+    env_vars: EnvVars = Field(default_factory=dict)
     """Environment variables of the workers."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model (before FSDP shards it further)."""
+        return self.tensor_parallel_size * self.context_parallel_size
+
+    @property
+    def sequence_divisor(self) -> int:
+        """Row lengths are a multiple of this: equal parts per tensor-parallel rank."""
+        return self.tensor_parallel_size if self.sequence_parallel else 1
+
+    @property
+    def sequence_divisor_keys(self) -> tuple[str, ...]:
+        """The fields that `sequence_divisor` is made of."""
+        return ("tensor_parallel_size", "sequence_parallel")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Layouts that this backend does not have."""
+        if not self.enabled:  # an idle block is not judged
+            return
+        if self.context_parallel_size > 1:
+            yield Conflict(
+                ("context_parallel_size",),
+                "Hugging Face models are not cut along the sequence; Megatron's are: "
+                "policy.megatron_cfg.enabled=true policy.dtensor_cfg.enabled=false "
+                "policy.megatron_cfg.context_parallel_size=...",
+            )
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            yield Conflict(
+                ("sequence_parallel", "tensor_parallel_size"),
+                "sequence parallelism is over the tensor-parallel ranks: it needs more than one",
+            )
 
 
 class DynamicBatchingConfig(Node):
@@ -50,7 +84,7 @@ class DynamicBatchingConfig(Node):
     enabled: bool = False
     """Sort by length and fill micro-batches up to the budget."""
     train_mb_tokens: Positive | None = None
-    """Tokens of a training micro-batch, padding included; null is sequence length x micro-batch size."""
+    """Tokens of a micro-batch, padding included; null is sequence length x micro-batch size."""
     logprob_mb_tokens: Positive | None = None
     """The same for passes without gradient; null is `train_mb_tokens`."""
     sequence_length_round: Positive = 64
@@ -77,6 +111,8 @@ class PolicyConfig(Node):
 
     model_name: str = "meta-llama/Llama-3.2-1B"
     """A local path, a bundled configuration, or a Hugging Face name."""
+    tuned_for: str | None = None
+    """The one model that this file's numbers are for: another `model_name` is refused."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` makes a newborn model from the configuration and the seed."""
     hf_config_overrides: dict[str, Any] = Field(default_factory=dict)
@@ -109,3 +145,142 @@ class PolicyConfig(Node):
     """Learning rate and weight decay over the steps, of either backend."""
     dtensor_cfg: DTensorConfig = DTensorConfig()
     """The FSDP2 and tensor-parallel backend."""
+    megatron_cfg: MegatronConfig = MegatronConfig()
+    """The Megatron backend."""
+
+    @property
+    def backend(self) -> DTensorConfig | MegatronConfig:
+        """The backend that trains: the one place that reads `enabled`."""
+        return self.megatron_cfg if self.megatron_cfg.enabled else self.dtensor_cfg
+
+    @property
+    def backend_key(self) -> str:
+        """The name of the field that `backend` is."""
+        return "megatron_cfg" if self.megatron_cfg.enabled else "dtensor_cfg"
+
+    @property
+    def active_optimizer(self) -> OptimizerConfig:
+        """`optimizer`, with what the active backend overrides."""
+        return OptimizerConfig.model_validate(self._merged(self.optimizer))
+
+    @property
+    def active_scheduler(self) -> SchedulerConfig:
+        """`scheduler`, with what the active backend overrides."""
+        return SchedulerConfig.model_validate(self._merged(self.scheduler))
+
+    @property
+    def active_max_grad_norm(self) -> float | None:
+        """The norm that gradients are scaled down to; None does not clip."""
+        own = self.megatron_cfg.optimizer.clip_grad if self.megatron_cfg.enabled else None
+        return self.max_grad_norm if own is None else own or None
+
+    @property
+    def sequence_divisor(self) -> int:
+        """Row lengths are padded to a multiple of this."""
+        return self.make_sequence_length_divisible_by or self.backend.sequence_divisor
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name or path of the tokenizer."""
+        return self.tokenizer.name or self.model_name
+
+    def _overrides(self, block: str) -> dict[str, Any]:
+        """What the active backend sets itself of `optimizer` or `scheduler`."""
+        if not self.megatron_cfg.enabled:
+            return {}
+        own = getattr(self.megatron_cfg, block)
+        names = type(getattr(self, block)).model_fields
+        return {n: getattr(own, n) for n in names if getattr(own, n) is not None}
+
+    def _merged(self, base: OptimizerConfig | SchedulerConfig) -> dict[str, Any]:
+        block = "optimizer" if isinstance(base, OptimizerConfig) else "scheduler"
+        return dict(base) | self._overrides(block)
+
+    def _key(self, block: str, name: str) -> str:
+        """Where the active value of a field of `optimizer` or `scheduler` was set."""
+        prefix = "megatron_cfg." if name in self._overrides(block) else ""
+        return f"{prefix}{block}.{name}"
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """What is wrong between the blocks of the policy."""
+        enabled = [name for name in ("dtensor_cfg", "megatron_cfg") if getattr(self, name).enabled]
+        if len(enabled) != 1:
+            yield Conflict(
+                ("dtensor_cfg.enabled", "megatron_cfg.enabled"),
+                "exactly one backend trains: set one of them to true and the other to false",
+            )
+            return
+        yield from self._batching_conflicts()
+        yield from self._optimizer_conflicts()
+        if self.megatron_cfg.enabled:
+            yield from self._megatron_conflicts()
+
+    def _batching_conflicts(self) -> Iterator[Conflict]:
+        if self.dynamic_batching.enabled and self.sequence_packing.enabled:
+            yield Conflict(
+                ("dynamic_batching.enabled", "sequence_packing.enabled"),
+                "both fill micro-batches up to a token budget; choose one",
+            )
+        for name in ("dynamic_batching", "sequence_packing"):
+            block: DynamicBatchingConfig | SequencePackingConfig = getattr(self, name)
+            for budget in ("train_mb_tokens", "logprob_mb_tokens"):
+                tokens = getattr(block, budget)
+                if block.enabled and tokens and tokens < self.max_total_sequence_length:
+                    yield Conflict(
+                        (f"{name}.{budget}", "max_total_sequence_length"),
+                        "the budget must hold the longest sequence",
+                    )
+        given, needed = self.make_sequence_length_divisible_by, self.backend.sequence_divisor
+        if given is not None and given % needed:
+            keys = (f"{self.backend_key}.{key}" for key in self.backend.sequence_divisor_keys)
+            yield Conflict(
+                ("make_sequence_length_divisible_by", *keys),
+                f"this layout needs a multiple of {needed}; leave the key out to get that",
+            )
+
+    def _optimizer_conflicts(self) -> Iterator[Conflict]:
+        for block, cls in (("optimizer", OptimizerConfig), ("scheduler", SchedulerConfig)):
+            if self._overrides(block):  # what is wrong without overrides, the block itself reports
+                merged = cls.model_construct(**self._merged(getattr(self, block)))
+                for found in merged.conflicts():
+                    keys = tuple(self._key(block, key) for key in found.keys)
+                    yield Conflict(keys, found.message)
+        optimizer = OptimizerConfig.model_construct(**self._merged(self.optimizer))
+        scheduler = SchedulerConfig.model_construct(**self._merged(self.scheduler))
+        lr = self._key("optimizer", "lr")
+        if scheduler.lr_decay_style != "constant" and optimizer.min_lr > optimizer.lr:
+            yield Conflict(
+                (lr, self._key("optimizer", "min_lr")), "a decay ends below where it starts"
+            )
+        if scheduler.lr_warmup_iters and scheduler.lr_warmup_init > optimizer.lr:
+            yield Conflict(
+                (lr, self._key("scheduler", "lr_warmup_init")), "a warm-up starts below its end"
+            )
+
+    def _megatron_conflicts(self) -> Iterator[Conflict]:
+        own, ddp = self.megatron_cfg.optimizer, self.megatron_cfg.distributed_data_parallel_config
+        name = self._key("optimizer", "optimizer")
+        if OptimizerConfig.model_construct(**self._merged(self.optimizer)).is_muon:
+            for key, reason in MUON_NEEDS.items():
+                if getattr(own, key):
+                    yield Conflict(
+                        (f"megatron_cfg.optimizer.{key}", name),
+                        f"{reason}: set {key}=false",
+                    )
+            if ddp.overlap_param_gather:
+                yield Conflict(
+                    ("megatron_cfg.distributed_data_parallel_config.overlap_param_gather", name),
+                    "Muon sends its weights when all are made: set overlap_param_gather=false",
+                )
+        elif own.use_distributed_optimizer is False and ddp.overlap_param_gather:
+            yield Conflict(
+                (
+                    "megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
+                    "megatron_cfg.optimizer.use_distributed_optimizer",
+                ),
+                "only the distributed optimizer gathers weights",
+            )
+        if own.bf16 is not None and own.bf16 != (self.precision == "bfloat16"):
+            yield Conflict(
+                ("megatron_cfg.optimizer.bf16", "precision"), "they say different things"
+            )

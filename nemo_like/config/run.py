@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Literal
 
-from nemo_like.config.base import Node, NonNegative, Positive, PositiveFloat
+from nemo_like.config.base import Conflict, Node, NonNegative, Positive, PositiveFloat
 
 
 class CheckpointingConfig(Node):
@@ -30,6 +32,16 @@ class CheckpointingConfig(Node):
     """Copy the state, train on, and write in the background."""
     model_save_format: Literal["safetensors"] | None = "safetensors"
     """Also write Hugging Face weights that `transformers` loads; null does not."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Texts that do not have the form they must have."""
+        by = self.checkpoint_must_save_by
+        if by is not None and not re.fullmatch(r"\d+:[0-2]\d:[0-5]\d:[0-5]\d", by):
+            yield Conflict(
+                ("checkpoint_must_save_by",), "the form is DD:HH:MM:SS, e.g. 00:03:45:00"
+            )
+        if self.metric_name is not None and not re.fullmatch(r"(val|train):.+", self.metric_name):
+            yield Conflict(("metric_name",), "the form is val:<name> or train:<name>, or null")
 
 
 class WandbConfig(Node):
@@ -86,7 +98,7 @@ class ClusterConfig(Node):
     """The machines a run may use."""
 
     launcher: Literal["ray", "local"] = "ray"
-    """`ray`: workers as actors. `local`: one process, no Ray (debugging, notebooks, a single GPU)."""
+    """`ray`: workers as actors. `local`: one process, no Ray (debugging, notebooks, one GPU)."""
     address: str | None = None
     """Address of a running Ray cluster; null starts one on this machine."""
     num_nodes: Positive = 1
@@ -99,3 +111,30 @@ class ClusterConfig(Node):
     """Threads of each worker where `gpus_per_node` is 0."""
     worker_timeout_s: PositiveFloat = 1800.0
     """A call that takes longer than this counts as a hang and ends the run."""
+
+    @property
+    def world_size(self) -> int | None:
+        """Workers in all; None where only placement can tell (`gpus_per_node=auto`)."""
+        if self.launcher == "local":
+            return 1
+        if self.gpus_per_node == "auto":
+            return None
+        return self.num_nodes * (self.gpus_per_node or self.cpu_workers_per_node)
+
+    @property
+    def world_keys(self) -> tuple[str, ...]:
+        """The fields that `world_size` is made of."""
+        if self.launcher == "local":
+            return ("launcher",)
+        return ("num_nodes", "gpus_per_node" if self.gpus_per_node else "cpu_workers_per_node")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Machines that the launcher does not use."""
+        if self.launcher != "local":
+            return
+        for name in ("num_nodes", "gpus_per_node", "cpu_workers_per_node"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value > 1:
+                yield Conflict(("launcher", name), "`local` is one process on one device")
+        if self.address is not None:
+            yield Conflict(("launcher", "address"), "`local` does without Ray")

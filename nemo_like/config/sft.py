@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from nemo_like.config.base import Node, NonNegative, Positive
+from collections.abc import Iterator
+from typing import ClassVar
+
+from nemo_like.config.base import Conflict, Node, NonNegative, Positive
 from nemo_like.config.data import DataConfig
 from nemo_like.config.policy import PolicyConfig
+from nemo_like.config.rules import (
+    layout_conflicts,
+    length_conflicts,
+    missing_files,
+    secret_conflicts,
+    tuning_conflicts,
+)
 from nemo_like.config.run import CheckpointingConfig, ClusterConfig, LoggerConfig
 
 
@@ -28,7 +38,7 @@ class SFTConfig(Node):
     val_at_end: bool = True
     """Validate after the last step."""
     val_num_answers: NonNegative = 0
-    """Held-out prompts answered greedily and judged by `env_name` at the start and the end; 0 is none."""
+    """Held-out prompts answered greedily, judged by `env_name`, at start and end; 0 is none."""
     val_max_new_tokens: Positive = 128
     """Longest such answer."""
     seed: NonNegative = 42
@@ -42,6 +52,8 @@ class SFTConfig(Node):
 class SFTTree(Node):
     """Supervised fine-tuning."""
 
+    real_config: ClassVar[str] = "configs/sft.yaml"
+
     sft: SFTConfig = SFTConfig()
     """How long to train, and when to validate."""
     policy: PolicyConfig = PolicyConfig()
@@ -54,3 +66,17 @@ class SFTTree(Node):
     """Where metrics go."""
     cluster: ClusterConfig = ClusterConfig()
     """The machines a run may use."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """What is wrong between the blocks."""
+        yield from tuning_conflicts(self.policy, self.real_config)
+        yield from layout_conflicts(self.policy, self.cluster)
+        yield from length_conflicts(self.policy, self.data)
+        yield from missing_files(self.policy, self.data)
+        yield from secret_conflicts(self.policy)
+        schedule, steps = self.policy.active_scheduler, self.sft.max_num_steps
+        if schedule.lr_decay_iters is None and schedule.lr_warmup_iters > steps:
+            yield Conflict(
+                ("policy.scheduler.lr_warmup_iters", "sft.max_num_steps"),
+                "the run ends before its warm-up does",
+            )

@@ -1,0 +1,142 @@
+"""Rules between the blocks of a tree, shared by all algorithms: the layout and its machines, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_like.config.base import Conflict
+from nemo_like.config.data import DataConfig
+from nemo_like.config.megatron import MegatronConfig
+from nemo_like.config.policy import PolicyConfig
+from nemo_like.config.run import ClusterConfig
+
+PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+)
+
+
+def layout_conflicts(policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[Conflict]:
+    """Parallel and batch sizes that the cluster named in the config does not allow."""
+    world, backend = cluster.world_size, policy.backend
+    if world is None:  # only placement can tell
+        return
+    prefix = f"policy.{policy.backend_key}"
+    machines = tuple(f"cluster.{key}" for key in cluster.world_keys)
+    sizes = tuple(f"{prefix}.{n}" for n in PARALLEL_SIZES if getattr(backend, n, 1) > 1)
+    if world % backend.model_parallel_size:
+        yield Conflict(
+            (*sizes, *machines),
+            f"one model takes {backend.model_parallel_size} ranks, "
+            f"which does not divide the {world} of the cluster",
+        )
+        return
+    replicas = world // backend.model_parallel_size
+    if isinstance(backend, MegatronConfig):
+        yield from _expert_conflicts(backend, world, machines)
+    elif replicas % backend.dp_replicate_size:
+        yield Conflict(
+            (f"{prefix}.dp_replicate_size", *machines),
+            f"does not divide the {replicas} data-parallel ranks",
+        )
+    yield from _batch_conflicts(policy, replicas, (*sizes, *machines))
+
+
+def _expert_conflicts(
+    backend: MegatronConfig, world: int, machines: tuple[str, ...]
+) -> Iterator[Conflict]:
+    experts = (
+        backend.expert_tensor_parallel_size
+        * backend.expert_model_parallel_size
+        * backend.pipeline_model_parallel_size
+    )
+    if world % experts:
+        names = ("expert_tensor_parallel_size", "expert_model_parallel_size")
+        keys = (f"policy.megatron_cfg.{n}" for n in (*names, "pipeline_model_parallel_size"))
+        yield Conflict(
+            (*keys, *machines),
+            f"one set of experts takes {experts} ranks, which does not divide the {world} of the "
+            "cluster",
+        )
+
+
+def _batch_conflicts(
+    policy: PolicyConfig, replicas: int, layout: tuple[str, ...]
+) -> Iterator[Conflict]:
+    total, micro = policy.train_global_batch_size, policy.train_micro_batch_size
+    if total % replicas:
+        yield Conflict(
+            ("policy.train_global_batch_size", *layout),
+            f"the {replicas} data-parallel ranks can not share {total} sequences equally",
+        )
+        return
+    share = total // replicas
+    by_budget = policy.dynamic_batching.enabled or policy.sequence_packing.enabled
+    if not by_budget and share > micro and share % micro:
+        yield Conflict(
+            ("policy.train_micro_batch_size", "policy.train_global_batch_size", *layout),
+            f"each of the {replicas} data-parallel ranks has {share} sequences, "
+            f"which are no whole number of micro-batches of {micro}",
+        )
+
+
+def tuning_conflicts(policy: PolicyConfig, real_config: str) -> Iterator[Conflict]:
+    """Another model under numbers that were tuned for one."""
+    if policy.tuned_for not in (None, policy.model_name):
+        yield Conflict(
+            ("policy.model_name",),
+            f"the learning rate and sizes of this config are for the newborn {policy.tuned_for}; "
+            f"for another model start from --config {real_config}",
+        )
+
+
+def length_conflicts(policy: PolicyConfig, data: DataConfig) -> Iterator[Conflict]:
+    """Sequences longer than the policy, or than the model if it is a local folder, can hold."""
+    limit = policy.max_total_sequence_length
+    if data.max_input_seq_length is not None and data.max_input_seq_length > limit:
+        yield Conflict(
+            ("data.max_input_seq_length", "policy.max_total_sequence_length"),
+            "an example can not be longer than a sequence",
+        )
+    config = Path(policy.model_name) / "config.json"
+    if config.is_file():
+        model = json.loads(config.read_text()) | policy.hf_config_overrides
+        longest = model.get("max_position_embeddings")
+        if isinstance(longest, int) and limit > longest:
+            yield Conflict(
+                ("policy.max_total_sequence_length", "policy.model_name"),
+                f"this model has {longest} positions (max_position_embeddings)",
+            )
+
+
+def missing_files(policy: PolicyConfig, data: DataConfig) -> Iterator[Conflict]:
+    """Files that the config names and that are not there."""
+    named: dict[str, str | None] = {
+        f"data.default.{name}": getattr(data.default, name)
+        for name in ("prompt_file", "system_prompt_file")
+    }
+    for path, source in data.sources().items():
+        for name in ("data_path", "prompt_file", "system_prompt_file"):
+            named[f"{path}.{name}"] = getattr(source, name)
+    template = policy.tokenizer.chat_template
+    if template is not None and template.endswith(".jinja"):
+        named["policy.tokenizer.chat_template"] = template
+    for key, file in named.items():
+        if file is not None and not Path(file).exists():
+            yield Conflict((key,), f"no such file (looked in {Path.cwd()})")
+
+
+def secret_conflicts(policy: PolicyConfig) -> Iterator[Conflict]:
+    """Secrets in the environment blocks, which would be written into every saved config."""
+    for block in ("dtensor_cfg", "megatron_cfg"):
+        for name in getattr(policy, block).env_vars:
+            if any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "API_KEY")):
+                yield Conflict(
+                    (f"policy.{block}.env_vars.{name}",),
+                    "looks like a secret, and configs are saved beside checkpoints: "
+                    "export it in the shell instead; workers inherit it",
+                )
