@@ -1,0 +1,1 @@
+"""Engines that complete prompts, and what turns their completions into training data."""

@@ -1,0 +1,264 @@
+"""The reference engine: a Hugging Face model and a KV cache in this process.
+
+It is what other engines are measured against, and what answers questions where vLLM would be too
+much to start. A rollout depends on weights, prompt and seed, never on the batch it was in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nemo_like.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from nemo_like.interfaces import Policy
+from nemo_like.rollout.sampling import check_sampling, pick_tokens, sampled_distribution, uniforms
+from nemo_like.types import Prompt, Rollout, SamplingParams
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass
+class _Row:
+    """A completion in the making: `room` is how many tokens it may have, `uniforms_T` its dice."""
+
+    prompt: Prompt
+    room: int
+    uniforms_T: Tensor
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] = "length"
+
+
+class HFEngine:
+    """A `Generator` on a causal LM of `transformers`.
+
+    Args:
+        model_config: The content of the model's `config.json`.
+        decode: Text of a completion's token ids, stop token included; from the tokenizer's owner.
+        dtype: Of weights and computation; log-probabilities are fp32 in any case.
+        device: Where the model lives.
+        max_num_seqs: Sequences decoded at the same time; bounds the memory of the KV cache.
+    """
+
+    def __init__(
+        self,
+        model_config: Mapping[str, Any],
+        decode: Decode,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        max_num_seqs: int = 256,
+    ) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        if "model_type" not in model_config:
+            raise ConfigError(
+                "the model's config.json has no model_type: is it that of a causal LM?"
+            )
+        config = AutoConfig.for_model(**model_config)
+        # Random weights would cost time, and draw from the generator that training draws from.
+        with no_init_weights(), torch.device(device):
+            self._model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self._model.tie_weights()
+        self._model.eval()
+        self._config = self._model.config
+        self._decode = decode
+        self._device = torch.device(device)
+        self._max_num_seqs = max_num_seqs
+        self._applied = 0
+        self._version: int | None = None
+
+    def sync(self, policy: Policy) -> None:
+        """Take the policy's weights of now, as the next version."""
+        self.load_weights(policy.export_weights(), version=self._applied + 1)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Take whole tensors by Hugging Face name; all of the model's, and nothing else.
+
+        Of tied weights one name is enough; when both come they must be equal.
+
+        Raises:
+            CheckpointError: naming what is missing, unknown, twice there, or of the wrong shape.
+                The engine then holds a mixture, and refuses to generate until a whole set arrives.
+        """
+        self._version = None
+        parameters = self._model.state_dict()
+        tied = self._model.all_tied_weights_keys
+        faults: list[str] = []
+        names: set[str] = set()
+        filled: set[str] = set()
+        for name, tensor in weights:
+            target = tied.get(name, name)
+            if name in names:
+                faults.append(f"{name} came twice")
+            elif target not in parameters:
+                faults.append(f"{name} is not a weight of this model")
+            elif tensor.shape != parameters[target].shape:
+                expected = tuple(parameters[target].shape)
+                faults.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+            elif target not in filled:
+                parameters[target].copy_(tensor)
+            elif not torch.equal(parameters[target], tensor.to(parameters[target])):
+                faults.append(f"{name} differs from the weight it is tied to")
+            names.add(name)
+            filled.add(target)
+        missing = {tied.get(name, name) for name in parameters} - filled
+        faults += [f"{name} is missing" for name in sorted(missing)]
+        if faults:
+            more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+            raise CheckpointError(
+                f"the weights offered as version {version} are not those of the rollout engine's "
+                f"{self._config.model_type}: {'; '.join(faults[:8])}{more}. "
+                "Give engine and policy the same policy.model_name and policy.hf_config_overrides."
+            )
+        self._version = self._applied = version
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """One rollout per prompt, in the order of the prompts.
+
+        The k-th time that a prompt (by its index) is in the list it gets the k-th random stream of
+        (seed, index): the samples of a group differ, and each is the same in whatever company it is
+        drawn. Only `sampling.stop_token_ids` end a completion early. One that reaches the model's
+        longest position ends there with `length`.
+
+        Raises:
+            CheckpointError: no whole set of weights was loaded.
+            ConfigError: sampling parameters that make no sense.
+            DataError: a prompt that is empty, too long, or outside the vocabulary.
+            NonFiniteError: the model's logits are not numbers.
+        """
+        if self._version is None:
+            raise CheckpointError(
+                "the rollout engine holds no complete weights: load_weights or sync comes first"
+            )
+        check_sampling(sampling)
+        rows = [
+            self._start(p, k, sampling) for p, k in zip(prompts, _repeats(prompts), strict=True)
+        ]
+        # Rows of like length share a batch, so little of it is padding.
+        by_length = sorted(rows, key=lambda row: len(row.prompt.token_ids))
+        for first in range(0, len(rows), self._max_num_seqs):
+            self._complete(by_length[first : first + self._max_num_seqs], sampling)
+        return [
+            Rollout(
+                prompt=row.prompt,
+                token_ids=tuple(row.token_ids),
+                sampled_logprobs=tuple(row.logprobs),
+                text=self._decode(row.token_ids),
+                finish_reason=row.finish_reason,
+                weights_version=self._version,
+            )
+            for row in rows
+        ]
+
+    def close(self) -> None:
+        """Release the weights; safe to call twice."""
+        self._version = None
+        self._model = self._model.to("meta")
+
+    def _start(self, prompt: Prompt, sample: int, sampling: SamplingParams) -> _Row:
+        longest = self._config.max_position_embeddings
+        if not 0 < len(prompt.token_ids) < longest:
+            raise DataError(
+                f"prompt {prompt.index} has {len(prompt.token_ids)} tokens, expected 1 to "
+                f"{longest - 1}: the model has {longest} positions. Drop the row, or raise "
+                "policy.hf_config_overrides.max_position_embeddings."
+            )
+        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self._config.vocab_size:
+            raise DataError(
+                f"prompt {prompt.index} has token ids from {min(prompt.token_ids)} to "
+                f"{max(prompt.token_ids)}, expected 0 to {self._config.vocab_size - 1}: does "
+                "policy.tokenizer.name belong to policy.model_name?"
+            )
+        room = min(sampling.max_new_tokens, longest - len(prompt.token_ids))
+        dice = uniforms(sampling.seed, prompt_index=prompt.index, sample=sample, count=room)
+        return _Row(prompt, room, dice)
+
+    def _complete(self, rows: Sequence[_Row], sampling: SamplingParams) -> None:
+        """Decode until the last row has ended; an ended row leaves batch and cache at once."""
+        from transformers import DynamicCache
+
+        ids_BT, mask_BT = _pad_left([row.prompt.token_ids for row in rows], self._device)
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self._config)
+        while rows:
+            logits_BV = self._model(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            tokens_B = _extend(rows, logits_BV, sampling)
+            alive = [b for b, row in enumerate(rows) if not _has_ended(row, sampling)]
+            if len(alive) < len(rows):
+                keep_B = torch.tensor(alive, dtype=torch.int64, device=self._device)
+                rows = [rows[b] for b in alive]
+                tokens_B, mask_BT, positions_BT = (
+                    x.index_select(0, keep_B) for x in (tokens_B, mask_BT, positions_BT)
+                )
+                cache.batch_select_indices(keep_B)
+            ids_BT = tokens_B[:, None]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=-1)
+            positions_BT = positions_BT[:, -1:] + 1
+
+
+def _extend(rows: Sequence[_Row], logits_BV: Tensor, sampling: SamplingParams) -> Tensor:
+    """The next token of every row, after writing it down with its log-probability. Shapes: [B]."""
+    logprobs_BV = sampled_distribution(logits_BV, sampling)
+    if sampling.temperature == 0:
+        tokens_B = logprobs_BV.argmax(-1)
+    else:
+        dice_B = torch.stack([row.uniforms_T[len(row.token_ids)] for row in rows])
+        tokens_B = pick_tokens(logprobs_BV, dice_B.to(logprobs_BV.device))
+    tokens_B = tokens_B.clamp(max=logprobs_BV.shape[-1] - 1)  # of rows with NaN, refused just below
+    chosen_B = logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
+    for row, token, logprob, is_number in zip(
+        rows, tokens_B.tolist(), chosen_B.tolist(), chosen_B.isfinite().tolist(), strict=True
+    ):
+        if not is_number:
+            raise NonFiniteError(
+                f"NaN or infinite logits for prompt {row.prompt.index}, token {len(row.token_ids)} "
+                "of its completion: the weights are broken, or policy.precision overflows"
+            )
+        row.token_ids.append(token)
+        row.logprobs.append(logprob)
+    return tokens_B
+
+
+def _has_ended(row: _Row, sampling: SamplingParams) -> bool:
+    if row.token_ids[-1] in sampling.stop_token_ids:
+        row.finish_reason = "stop"
+        return True
+    return len(row.token_ids) >= row.room
+
+
+def _repeats(prompts: Sequence[Prompt]) -> list[int]:
+    """How often the prompt at each place was in the list before that place."""
+    seen: Counter[int] = Counter()
+    repeats = []
+    for prompt in prompts:
+        repeats.append(seen[prompt.index])
+        seen[prompt.index] += 1
+    return repeats
+
+
+def _pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids with padding in front, and a mask that is 0 on the padding. Shapes: [B, T] each.
+
+    In front, because then every row's next token is in the same column; the mask hides the rest.
+    """
+    width = max(len(s) for s in sequences)
+    ids_BT = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences], device=device)
+    lengths_B = torch.tensor([len(s) for s in sequences], device=device)
+    columns_T = torch.arange(width, device=device)
+    return ids_BT, (columns_T >= (width - lengths_B)[:, None]).long()
