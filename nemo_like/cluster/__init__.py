@@ -1,0 +1,1 @@
+"""Place: the only importers of Ray. Backends and engines arrive as picklable factories."""

@@ -1,0 +1,256 @@
+"""A group of workers: called as one, and failing as one, in bounded time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_like.cluster.actors import Factory, Worker
+from nemo_like.cluster.failures import Failure, WorkerIdentity, died, hang_error, to_error
+from nemo_like.cluster.placement import Placement, RankPlace, check_fits, worker_env
+from nemo_like.cluster.runtime import RayCluster
+from nemo_like.errors import NemoLikeError, WorkerError
+
+POLL_S = 0.5
+"""How often a wait comes back to look at the clock (and lets Python handle signals)."""
+GRACE_S = 1.0
+"""How long others may still answer after the first failure: a cause may follow its symptom."""
+CLOSE_S = 10.0
+"""How long objects may take to close before their processes are ended."""
+CHUNK_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """What a group is made from."""
+
+    name: str
+    placement: Placement
+    factory: Factory
+    log_dir: Path
+    timeout_s: float
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+
+
+class WorkerGroup:
+    """One actor per rank of a placement.
+
+    `start` returns at once, `wait_ready` (or the first call) waits. A call that every worker
+    answered leaves the group usable, even if they all raised; if some did not answer, all processes
+    are ended, because they may sit in a collective for ever.
+    """
+
+    def __init__(self, cluster: RayCluster, config: GroupConfig):
+        self._cluster = cluster
+        self._config = config
+        self._identities = [self._identity(place) for place in config.placement.ranks]
+        self._actors: list[Any] = []
+        self._reservation: Any = None
+        self._started: Future[list[Any]] | None = None
+        self._ready = False
+        self._broken: NemoLikeError | None = None
+
+    def start(self) -> None:
+        """Begins to start all workers; a second call does nothing."""
+        if self._started is None:
+            self._cluster.start()
+            executor = ThreadPoolExecutor(1, thread_name_prefix=f"start-{self._config.name}")
+            self._started = executor.submit(self._start)
+            executor.shutdown(wait=False)
+
+    def wait_ready(self) -> None:
+        """Returns when every worker has made its object.
+
+        Raises:
+            NemoLikeError: what went wrong at the start, named like the failure of any call.
+        """
+        if self._broken is not None:
+            raise WorkerError(f"the {self._config.name} workers were ended before: {self._broken}")
+        self.start()
+        if not self._ready:
+            assert self._started is not None
+            self._gather(self._started.result(), "start")
+            self._ready = True
+
+    def call_all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """The values of one call on every rank; references among the arguments resolve there."""
+        self.wait_ready()
+        refs = [actor.call.remote(method, *args, **kwargs) for actor in self._actors]
+        return self._gather(refs, method)
+
+    def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The values of one call with arguments of their own on every rank."""
+        self.wait_ready()
+        pairs = zip(self._actors, args_of_rank, strict=True)
+        return self._gather([actor.call.remote(method, *args) for actor, args in pairs], method)
+
+    def put(self, value: Any) -> Any:
+        """A reference to a value, so that ranks that share it do not each get a copy."""
+        self.wait_ready()
+        return self._cluster.ray.put(value)
+
+    def get(self, ref: Any) -> Any:
+        """The value behind a reference that rank 0 made."""
+        try:
+            return self._cluster.ray.get(ref, timeout=self._config.timeout_s)
+        except self._cluster.ray.exceptions.RayError as exc:
+            raise self._break(to_error([died(self._identities[0], "transfer", str(exc))])) from exc
+
+    def stream(self, method: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Any]:
+        """References to chunks (see `wire`) of the named tensors that a method of rank 0 yields.
+
+        All ranks iterate, because gathering a tensor is a collective. The next chunk is made while
+        the caller works with the last: at most two exist.
+        """
+        self.wait_ready()
+        opened = [actor.open_stream.remote(method, chunk_bytes) for actor in self._actors]
+        self._gather(opened, method)
+        ahead = self._request_chunk(method)
+        while True:
+            counts, chunk = self._gather([count for count, _ in ahead], method), ahead[0][1]
+            if not counts[0]:
+                return
+            ahead = self._request_chunk(method)
+            yield chunk
+
+    def feed(self, method: str, chunks: Iterable[Any], **kwargs: Any) -> list[Any]:
+        """The values of `method(iterator of named tensors, ...)` on every rank, fed by chunk."""
+        self.wait_ready()
+        self._gather([actor.open_feed.remote(method, **kwargs) for actor in self._actors], method)
+        pending: list[Any] = []
+        for chunk in chunks:
+            self._gather(pending, method)
+            pending = [actor.feed.remote(method, chunk) for actor in self._actors]
+        self._gather(pending, method)
+        return self._gather([actor.close_feed.remote(method) for actor in self._actors], method)
+
+    def close(self) -> None:
+        """Closes the objects and ends the processes; safe to call twice, and after any failure."""
+        if self._started is None:
+            return
+        started, self._started = self._started, None
+        if started.exception() is None and self._ready and self._broken is None:
+            ray = self._cluster.ray
+            ray.wait(
+                [actor.call.remote("close") for actor in self._actors],
+                num_returns=len(self._actors),
+                timeout=CLOSE_S,
+            )
+        self._kill()
+        self._broken = self._broken or WorkerError(f"the {self._config.name} workers are closed")
+
+    def _identity(self, place: RankPlace) -> WorkerIdentity:
+        name = self._config.name
+        file = self._config.log_dir / f"{name}_rank{place.rank}.log"
+        world = self._config.placement.world_size
+        return WorkerIdentity(name, place.rank, world, file.absolute())
+
+    def _start(self) -> list[Any]:
+        """Starts the processes, lets them meet, and begins to make their objects."""
+        ray, placement = self._cluster.ray, self._config.placement
+        check_fits(placement, self._cluster.nodes())
+        self._reserve(ray)
+        actor_class = ray.remote(Worker)
+        env = worker_env(placement, self._config.env_vars)
+        self._actors = [
+            actor_class.options(
+                num_cpus=placement.worker_resources["CPU"],
+                num_gpus=placement.worker_resources.get("GPU", 0),
+                runtime_env={"env_vars": env},
+                scheduling_strategy=ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+                    self._reservation, placement_group_bundle_index=place.node
+                ),
+            ).remote(identity, self._config.timeout_s)
+            for place, identity in zip(placement.ranks, self._identities, strict=True)
+        ]
+        hellos = self._gather([actor.hello.remote() for actor in self._actors], "start")
+        self._identities = [identity for identity, _ in hellos]
+        master = ("127.0.0.1" if placement.num_nodes == 1 else hellos[0][0].node, hellos[0][1])
+        return [
+            actor.make.remote(self._config.factory, self._meeting_env(place, *master))
+            for place, actor in zip(placement.ranks, self._actors, strict=True)
+        ]
+
+    def _reserve(self, ray: Any) -> None:
+        placement = self._config.placement
+        strategy = "STRICT_SPREAD" if placement.num_nodes > 1 else "STRICT_PACK"
+        self._reservation = ray.util.placement_group(placement.bundles, strategy=strategy)
+        if not self._reservation.wait(self._config.timeout_s):
+            raise WorkerError(
+                f"the {self._config.name} workers waited {self._config.timeout_s:g} s "
+                f"(cluster.worker_timeout_s) for {placement.bundles}: the Ray cluster has them, "
+                "but they are in use"
+            )
+
+    def _meeting_env(self, place: RankPlace, address: str, port: int) -> dict[str, str]:
+        placement = self._config.placement
+        return {
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "RANK": str(place.rank),
+            "WORLD_SIZE": str(placement.world_size),
+            "LOCAL_RANK": str(place.local_rank),
+            "LOCAL_WORLD_SIZE": str(placement.workers_per_node),
+        }
+
+    def _request_chunk(self, method: str) -> list[Any]:
+        return [
+            actor.next_chunk.options(num_returns=2).remote(method, rank == 0)
+            for rank, actor in enumerate(self._actors)
+        ]
+
+    def _gather(self, refs: Sequence[Any], phase: str) -> list[Any]:
+        """The values of these references, one per rank; a failure ends the wait after a grace."""
+        pending = {ref: rank for rank, ref in enumerate(refs)}
+        values: list[Any] = [None] * len(refs)
+        failures: list[Failure] = []
+        deadline = time.monotonic() + self._config.timeout_s
+        while pending and time.monotonic() < deadline:
+            done, _ = self._cluster.ray.wait(
+                list(pending), num_returns=1, timeout=min(POLL_S, self._config.timeout_s)
+            )
+            for ref in done:
+                rank = pending.pop(ref)
+                values[rank] = self._outcome(ref, rank, phase)
+                if isinstance(values[rank], Failure):
+                    failures.append(values[rank])
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        if failures:
+            error = to_error(failures)
+        elif pending:
+            silent = [self._identities[rank] for rank in pending.values()]
+            error = hang_error(silent, phase, self._config.timeout_s)
+        else:
+            return values
+        unusable = pending or any(f.died for f in failures) or phase == "start"
+        raise self._break(error) if unusable else error
+
+    def _outcome(self, ref: Any, rank: int, phase: str) -> Any:
+        exceptions = self._cluster.ray.exceptions
+        try:
+            return self._cluster.ray.get(ref)
+        except exceptions.RayTaskError as exc:  # arguments or value could not be unpickled
+            return Failure(self._identities[rank], phase, f"the call did not go through: {exc}")
+        except exceptions.RayActorError as exc:
+            # After the start Ray only repeats, in many words, that the process is gone.
+            return died(self._identities[rank], phase, str(exc) if phase == "start" else "")
+        except exceptions.RayError as exc:
+            return died(self._identities[rank], phase, f"Ray says: {exc}")
+
+    def _break(self, error: NemoLikeError) -> NemoLikeError:
+        self._broken = error
+        self._kill()
+        return error
+
+    def _kill(self) -> None:
+        ray = self._cluster.ray
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        self._actors = []
+        if self._reservation is not None:
+            ray.util.remove_placement_group(self._reservation)
+            self._reservation = None

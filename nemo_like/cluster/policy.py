@@ -1,0 +1,93 @@
+"""The model in training, spread over Ray workers: a `Policy` of one backend per rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nemo_like.cluster.group import WorkerGroup
+from nemo_like.cluster.placement import Placement
+from nemo_like.cluster.wire import from_wire
+from nemo_like.data.batching import Batching, shard, unshard
+from nemo_like.interfaces import Loss
+from nemo_like.observability.metrics import reduce
+from nemo_like.types import Shard, StepStats, TrainBatch
+
+
+class RemotePolicy:
+    """A `Policy` whose ranks are the workers of a group, each of which owns a `PolicyBackend`.
+
+    Peers of a data-parallel rank share one copy of its shard in the object store.
+    """
+
+    def __init__(
+        self, group: WorkerGroup, placement: Placement, *, train: Batching, logprob: Batching
+    ):
+        self._group = group
+        self._placement = placement
+        self._leaders = placement.leaders()
+        self._train = train
+        self._logprob = logprob
+
+    def wait_ready(self) -> None:
+        """Returns when every rank has made its backend; until then the driver is free."""
+        self._group.wait_ready()
+
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """Log-probabilities (nats, fp32, no gradient) aligned with `token_ids_N`. Shapes: [N]."""
+        shards = shard(batch, self._placement.num_data_parallel, self._logprob)
+        of_rank = self._call_sharded("logprobs", shards)
+        logprobs_N: Tensor = unshard(shards, [of_rank[rank] for rank in self._leaders])
+        return logprobs_N
+
+    def train_step(self, batch: TrainBatch, loss: Loss) -> StepStats:
+        """One optimizer step on the whole batch.
+
+        Metrics are reduced over the data-parallel ranks, by the reduction they carry; one that is
+        the same on every rank has the reduction `last`. Phases are rank 0's, and `dispatch` is the
+        rest of the wall time.
+        """
+        started = time.perf_counter()
+        shards = shard(batch, self._placement.num_data_parallel, self._train)
+        of_rank: list[StepStats] = self._call_sharded("train_step", shards, loss)
+        metrics = reduce(of_rank[rank].metrics for rank in self._leaders)
+        phases = of_rank[0].phases
+        dispatch = time.perf_counter() - started - sum(phases.values())
+        return replace(of_rank[0], metrics=metrics, phases=phases | {"dispatch": dispatch})
+
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        """Every rank writes its part of model, optimizer and RNG state into `folder`."""
+        self._group.call_all("save", folder, with_optimizer=with_optimizer)
+
+    def load(self, folder: Path) -> None:
+        """Every rank takes its part of the state that `save` wrote, in whatever layout."""
+        self._group.call_all("load", folder)
+
+    def save_finished(self) -> bool:
+        """Whether every rank has written what its last `save` began; raises what went wrong."""
+        return all(self._group.call_all("save_finished"))
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by Hugging Face name, on the CPU, one after the other."""
+        for chunk in self.export_chunks():
+            yield from from_wire(self._group.get(chunk))
+
+    def export_chunks(self) -> Iterator[Any]:
+        """The same as references to chunks, which workers resolve without a copy in the driver."""
+        return self._group.stream("export_weights")
+
+    def close(self) -> None:
+        """Ends the workers; safe to call twice."""
+        self._group.close()
+
+    def _call_sharded(self, method: str, shards: Sequence[Shard], *args: Any) -> list[Any]:
+        self._group.wait_ready()
+        refs = [self._group.put(part) for part in shards]
+        shared = tuple(self._group.put(arg) for arg in args)
+        places = self._placement.ranks
+        return self._group.call_each(method, [(refs[place.data], *shared) for place in places])

@@ -1,0 +1,141 @@
+"""The connection to Ray, and the only place that imports it in the driver."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+from nemo_like.cluster.placement import NodeResources, count_local_gpus
+from nemo_like.config.run import ClusterConfig
+from nemo_like.errors import ConfigError, WorkerError
+
+OBJECT_STORE_BYTES = 1 << 30
+"""Of a cluster that we start: batches and bounded chunks of weights pass through, nothing stays."""
+
+
+def import_ray() -> ModuleType:
+    """The ray module.
+
+    Under `uv run`, Ray would build a second environment for its workers unless this is set before
+    the import. The other variable is about a warning: we say ourselves which GPUs a worker sees.
+    """
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    return ray
+
+
+class RayCluster:
+    """A connection to Ray, made in the background: `start` returns at once, `ray` waits.
+
+    Starting takes 4 seconds, mostly in other processes, while the driver can import and tokenise.
+    It also happens in a thread because `ray.init` replaces the handler of SIGTERM when it is called
+    in the main one.
+    """
+
+    def __init__(self, config: ClusterConfig):
+        self._config = config
+        self._folder: str | None = None
+        self._ray: Future[ModuleType] | None = None
+
+    def start(self) -> None:
+        """Begins to connect, or to start a cluster on this machine; a second call does nothing."""
+        if self._ray is None:
+            executor = ThreadPoolExecutor(1, thread_name_prefix="ray-start")
+            self._ray = executor.submit(self._connect)
+            executor.shutdown(wait=False)
+            atexit.register(self.close)
+
+    @property
+    def ray(self) -> ModuleType:
+        """The connected ray module.
+
+        Raises:
+            ConfigError: nothing answers at `cluster.address`.
+            WorkerError: Ray did not start on this machine.
+        """
+        self.start()
+        assert self._ray is not None
+        return self._ray.result()
+
+    def gpus_found(self) -> int:
+        """The GPUs of this machine, or of the smallest GPU machine of the cluster at `address`."""
+        if self._config.address is None:
+            return count_local_gpus()
+        return int(min((node.gpus for node in self.nodes() if node.gpus), default=0))
+
+    def nodes(self) -> list[NodeResources]:
+        """The machines that are alive."""
+        return [
+            NodeResources(
+                address=node["NodeManagerAddress"],
+                cpus=node["Resources"].get("CPU", 0),
+                gpus=node["Resources"].get("GPU", 0),
+            )
+            for node in self.ray.nodes()
+            if node["Alive"]
+        ]
+
+    def close(self) -> None:
+        """Disconnects, and ends the processes of a cluster that we started; safe to call twice."""
+        if self._ray is None:
+            return
+        atexit.unregister(self.close)
+        started, self._ray = self._ray, None
+        if started.exception() is None:
+            started.result().shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _connect(self) -> ModuleType:
+        ray = import_ray()
+        address = self._config.address
+        try:
+            # Ray's own notices (such as the path of its token file) are for people who run Ray by
+            # hand.
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **({} if address else self._local_settings()),
+            )
+        except ConnectionError as exc:
+            raise ConfigError(
+                f"no Ray cluster answers at cluster.address={address} ({exc}). Start one with "
+                "`ray start --head`, or leave cluster.address unset to start one on this machine"
+            ) from exc
+        except (RuntimeError, OSError, ValueError) as exc:
+            raise WorkerError(
+                f"Ray did not start: {exc}. Its logs: {self._folder or address}. "
+                "cluster.launcher=local runs without Ray, in one process"
+            ) from exc
+        return ray
+
+    def _local_settings(self) -> dict[str, Any]:
+        # Ray's sockets lie in here, and a socket's path has at most 107 characters: hence not
+        # TMPDIR.
+        self._folder = tempfile.mkdtemp(prefix="nl", dir="/tmp")
+        config, cores = self._config, os.cpu_count() or 1
+        gpus = count_local_gpus() if config.gpus_per_node == "auto" else config.gpus_per_node
+        # Cores may be shared by more workers than there are: that is slow, but right, and tests
+        # live by it.
+        wanted = (gpus or config.cpu_workers_per_node) * config.cpu_threads_per_worker
+        return {
+            "include_dashboard": False,
+            "num_cpus": max(cores, wanted),
+            "num_gpus": gpus,
+            "object_store_memory": None if gpus else OBJECT_STORE_BYTES,
+            "_temp_dir": self._folder,
+            # Our workers start with an environment of their own, so idle ones could never be used.
+            "_system_config": {
+                "enable_worker_prestart": False,
+                "prestart_worker_first_driver": False,
+            },
+        }
