@@ -22,7 +22,7 @@ from typing import Any
 
 from nemo_like.errors import DataError
 from nemo_like.observability.records import Answer, Table
-from nemo_like.observability.secrets import redact, redact_tree
+from nemo_like.observability.secrets import redact_tree
 
 _NUMBERED = re.compile(r"exp_(\d+)")
 
@@ -105,15 +105,12 @@ class RunFolder:
 
     def write_tables(self, tables: Iterable[Table]) -> None:
         """Save tables, in the order of the report."""
-        _replace(self.tables, _json([dataclasses.asdict(t) for t in tables], indent=1))
+        _replace(self.tables, _json(redact_tree([dataclasses.asdict(t) for t in tables]), indent=1))
 
     def append_answers(self, answers: Iterable[Answer]) -> None:
         """Add answers to held-out prompts."""
         for answer in answers:
-            fields = dataclasses.asdict(answer)
-            append_line(
-                self.samples, {k: redact(v) if isinstance(v, str) else v for k, v in fields.items()}
-            )
+            append_line(self.samples, redact_tree(dataclasses.asdict(answer)))
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

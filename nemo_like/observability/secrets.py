@@ -79,8 +79,10 @@ def _redact_field(name: str, value: Any) -> Any:
 def _redact_assignments(text: str) -> str:
     parts, end = [], 0
     for name in _NAME.finditer(text):
-        value = _VALUE.match(text, name.end()) if name.start() >= end else None
-        if value and is_secret_name(name[1]) and not _may_be_shown(name[1], value[0]):
+        if name.start() < end or not is_secret_name(name[1]):
+            continue
+        value = _VALUE.match(text, name.end())
+        if value and not _may_be_shown(name[1], value[0]):
             parts += [text[end : value.start()], REDACTED]
             end = value.end()
     return "".join([*parts, text[end:]])
