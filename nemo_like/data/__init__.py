@@ -1,0 +1,1 @@
+"""Where examples come from: rows, chat encoding, corpora, the resumable loader, micro-batches."""

@@ -1,0 +1,1 @@
+"""What judges answers. No environment executes code that a model wrote."""
