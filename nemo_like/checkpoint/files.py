@@ -89,9 +89,14 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text.encode())
 
 
+def to_json(value: Any) -> str:
+    """A value as we write it; floats survive to the bit."""
+    return json.dumps(value, indent=1) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; floats survive to the bit."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write a value as JSON."""
+    write_text(path, to_json(value))
 
 
 def read_json(path: Path) -> Any:

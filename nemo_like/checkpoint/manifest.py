@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from nemo_like.checkpoint.files import read_json, refusing_os_errors, shown, write_json
+from nemo_like.checkpoint.files import read_json, refusing_os_errors, shown, to_json, write_json
 from nemo_like.checkpoint.layout import MANIFEST
 from nemo_like.errors import CheckpointError
 
@@ -106,10 +106,13 @@ def verify(folder: Path) -> Manifest:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    if not (folder / MANIFEST).is_file():
+    path = folder / MANIFEST
+    if not path.is_file():
         raise CheckpointError(f"checkpoint {folder} is incomplete: {MANIFEST} is missing")
-    content = read_json(folder / MANIFEST)
-    if not isinstance(content, dict) or content.pop("digest", None) != _own_digest(content):
+    content = read_json(path)
+    # To the byte: otherwise a lost line end, though harmless, would pass.
+    as_written = isinstance(content, dict) and path.read_bytes() == to_json(content).encode()
+    if not as_written or content.pop("digest", None) != _own_digest(content):
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} fails its own checksum")
     if content["format"] != FORMAT:
         raise CheckpointError(

@@ -24,7 +24,7 @@ IDENTITY = RunIdentity(
 )
 
 
-def states_of(seed: int) -> dict[str, Any]:
+def states_of(seed: int, width: int = 8) -> dict[str, Any]:
     """A model, and an optimizer like the real one: fp32 states by parameter name, plain groups."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -32,13 +32,13 @@ def states_of(seed: int) -> dict[str, Any]:
         return torch.randn(shape, generator=generator)
 
     return {
-        layout.MODEL: {"w": tensor(8, 6), "embed": tensor(5, 8).bfloat16()},
+        layout.MODEL: {"w": tensor(width, 6), "embed": tensor(5, width).bfloat16()},
         layout.OPTIMIZER: {
             "state": {
-                "w": {"momentum": tensor(8, 6)},
+                "w": {"momentum": tensor(width, 6)},
                 "embed": {
-                    "exp_avg": tensor(5, 8),
-                    "exp_avg_sq": tensor(5, 8),
+                    "exp_avg": tensor(5, width),
+                    "exp_avg_sq": tensor(5, width),
                     "step": torch.tensor(3.0),
                 },
             },
@@ -50,12 +50,13 @@ def states_of(seed: int) -> dict[str, Any]:
     }
 
 
-def write_step(checkpoints: Checkpoints, step: int, **metrics: float) -> Path:
+def write_step(checkpoints: Checkpoints, step: int, *, width: int = 8, **metrics: float) -> Path:
     """A whole checkpoint of this step; everything in it depends on the step."""
     folder = checkpoints.begin(step)
-    states = states_of(step)
+    states = states_of(step, width)
     with StateWriter(asynchronous=False) as writer:
         writer.save(folder, states)
+    torch.manual_seed(step)
     rng.save(folder, rank=0, world_size=1)
     write_hf(folder / layout.HF, states[layout.MODEL].items(), config={"a": step}, tokenizer=None)
     return checkpoints.commit(
