@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from nemo_like.types import (
     Metrics,
+    PolicyFacts,
     Prompt,
     Rollout,
     SamplingParams,
@@ -29,7 +30,7 @@ class Loss(Protocol):
     """A loss over one micro-batch; picklable, since it travels to the workers.
 
     Shapes: `logprobs_N` is aligned with `batch.token_ids_N`: entry t is log p(token t | tokens before t in
-    its sequence), and 0 for the first token of each sequence.
+    its sequence) where `batch.loss_mask_N` is set, and 0 elsewhere.
     """
 
     def __call__(self, logprobs_N: Tensor, batch: TrainBatch) -> tuple[Tensor, Metrics]:
@@ -48,12 +49,20 @@ class PolicyBackend(Protocol):
         """Forward, backward, clip, optimizer and schedule: one whole step."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as a tree of (sharded) tensors and plain values."""
+    def begin(self, total_steps: int) -> PolicyFacts:
+        """Lay the schedules over this many steps; the model, who owns its parameters, and where it runs."""
         ...
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take a tree of `state()`'s shape as the new state."""
+    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+        """Write this rank's part of the state; returns when it is written or (asynchronous) copied."""
+        ...
+
+    def save_finished(self) -> bool:
+        """Whether this rank's part of the last save is written; raises what went wrong meanwhile."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take this rank's part of what `save` wrote, in whatever layout it was written."""
         ...
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -76,8 +85,16 @@ class Policy(Protocol):
         """One optimizer step on the whole batch."""
         ...
 
+    def begin(self, total_steps: int) -> PolicyFacts:
+        """Lay the schedules over this many steps; the model, who owns its parameters, and where it runs."""
+        ...
+
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        """Write model, optimizer and RNG state into `folder`; returns when the state is copied or written."""
+        """Write model, optimizer and RNG state; returns when it is written or (asynchronous) copied."""
+        ...
+
+    def save_finished(self) -> bool:
+        """Whether the last save is written; raises what went wrong meanwhile."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -132,18 +149,31 @@ class MetricSink(Protocol):
 class Journal(Protocol):
     """What hangs on every step, kept out of the algorithms: metrics, timing, checkpoints, signals."""
 
+    @property
+    def first_step(self) -> int:
+        """The first step still to do; more than 1 in a run that continues."""
+        ...
+
     def steps(self) -> Iterator[int]:
-        """The step numbers still to do, from 1; ends early at a signal or a time limit, after saving."""
+        """The steps still to do; ends early at a signal or a time limit, after a checkpoint.
+
+        What hangs on a step happens when the next one is asked for: its metrics are written, and the
+        checkpoint that is due is saved.
+        """
+        ...
+
+    def is_last(self, step: int) -> bool:
+        """Whether no step follows, as far as one can know."""
         ...
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time spent inside is booked under this name."""
         ...
 
-    def record(self, step: int, stats: StepStats) -> None:
+    def record(self, step: int, batch: TrainBatch, stats: StepStats) -> None:
         """Book a training step."""
         ...
 
     def record_validation(self, step: int, metrics: Metrics) -> None:
-        """Book a validation; its metrics are named `val:<name>` for checkpoints."""
+        """Book a validation; checkpoints may be ranked by its metrics, as `val:<name>`."""
         ...

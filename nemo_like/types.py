@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -110,10 +110,12 @@ class TrainBatch:
     def of(cls, examples: Sequence[Example]) -> TrainBatch:
         """The batch that holds exactly these examples, in this order."""
         mask_N = torch.tensor([m for e in examples for m in e.loss_mask], dtype=torch.bool)
+        lengths_B = torch.tensor([len(e.token_ids) for e in examples], dtype=torch.int64)
+        assert not mask_N[lengths_B.cumsum(0) - lengths_B].any(), "nothing predicts a first token"
         return cls(
             token_ids_N=torch.tensor([t for e in examples for t in e.token_ids], dtype=torch.int64),
             loss_mask_N=mask_N,
-            lengths_B=torch.tensor([len(e.token_ids) for e in examples], dtype=torch.int64),
+            lengths_B=lengths_B,
             num_loss_tokens=int(mask_N.sum()),
             num_sequences=len(examples),
         )
@@ -130,12 +132,18 @@ class TrainBatch:
     def select(self, rows: Sequence[int]) -> TrainBatch:
         """These sequences, in this order, with the global denominators unchanged."""
         index = self.token_index(rows)
-        per_token = {
-            f.name: getattr(self, f.name)[index]
-            for f in dataclasses.fields(self)
-            if f.name.endswith("_N") and getattr(self, f.name) is not None
-        }
+        per_token = {name: value[index] for name, value in self._tensors() if name.endswith("_N")}
         return dataclasses.replace(self, lengths_B=self.lengths_B[list(rows)], **per_token)
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """The same batch on a device."""
+        return dataclasses.replace(
+            self, **{name: value.to(device, non_blocking=True) for name, value in self._tensors()}
+        )
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return [(name, value) for name, value in named if isinstance(value, Tensor)]
 
 
 Row = tuple[int, ...]
@@ -162,3 +170,18 @@ class StepStats:
 
     metrics: Metrics
     phases: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """What a policy tells about itself, the same on every rank.
+
+    `model` is the content of the model's config.json. `owners` has one record per trainable parameter:
+    name, shape, optimizer, reason. `num_parameters` counts tied parameters once.
+    """
+
+    model: dict[str, Any]
+    owners: list[dict[str, Any]]
+    num_parameters: int
+    device: str
+    threads: int

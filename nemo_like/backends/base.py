@@ -1,0 +1,254 @@
+"""What both backends share: one optimizer step on one rank, from rows to weights."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_like.checkpoint import rng
+from nemo_like.checkpoint.layout import MODEL, OPTIMIZER
+from nemo_like.checkpoint.store import StateWriter, load_state
+from nemo_like.config.policy import PolicyConfig
+from nemo_like.errors import NonFiniteError
+from nemo_like.interfaces import Loss
+from nemo_like.observability.metrics import reduce
+from nemo_like.optim.clip import clip_gradients
+from nemo_like.optim.combined import CombinedOptimizer
+from nemo_like.optim.routing import Routing
+from nemo_like.optim.schedule import Schedule
+from nemo_like.types import (
+    Metric,
+    Metrics,
+    MicroBatch,
+    PolicyFacts,
+    Shard,
+    StepStats,
+    TrainBatch,
+)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a rank takes a step.
+
+    `row_multiple`: rows are padded to a multiple of this many tokens. `skip_budget`: steps with a non-finite
+    loss or gradient that are left out before one ends the run.
+    """
+
+    max_grad_norm: float | None
+    row_multiple: int = 1
+    skip_budget: int = 0
+    asynchronous_save: bool = False
+
+
+class RankBackend(ABC):
+    """One rank of a model in training.
+
+    A subclass says how rows become log-probabilities (`_target_logprobs`) and how weights leave
+    (`export_weights`); everything about a step is here, once for all backends.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: CombinedOptimizer,
+        routing: Routing,
+        policy: PolicyConfig,
+        settings: StepSettings,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.routing = routing
+        self._optimizer_config = policy.active_optimizer
+        self._scheduler_config = policy.active_scheduler
+        self._schedule: Schedule | None = None
+        self.settings = settings
+        self.device = device
+        self.step = 0
+        self.skipped_steps = 0
+        self._writer = StateWriter(asynchronous=settings.asynchronous_save)
+
+    @abstractmethod
+    def _target_logprobs(self, batch: TrainBatch, micro_batch: MicroBatch) -> Tensor:
+        """Log-probabilities aligned with the micro-batch's tokens, 0 where there is no target. Shapes: [N].
+
+        `batch` is on the CPU and holds this micro-batch alone; the result is on the backend's device.
+        """
+
+    @abstractmethod
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by Hugging Face name; a collective."""
+
+    @abstractmethod
+    def _weights(self) -> dict[str, Tensor]:
+        """This rank's blocks of the weights by Hugging Face name, live."""
+
+    @abstractmethod
+    def _model_config(self) -> dict[str, Any]:
+        """The content of the model's config.json."""
+
+    @property
+    def _rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def _world_size(self) -> int:
+        return dist.get_world_size()
+
+    @torch.no_grad()
+    def logprobs(self, shard: Shard) -> Tensor:
+        """Log-probabilities (nats, fp32) aligned with the shard's tokens; 0 where there is no target."""
+        self.model.eval()
+        result = torch.zeros(len(shard.batch.token_ids_N))
+        for micro_batch in shard.micro_batches:
+            rows = _sequences(micro_batch)
+            part = self._target_logprobs(shard.batch.select(rows), micro_batch)
+            result[shard.batch.token_index(rows)] = part.float().cpu()
+        return result
+
+    def train_step(self, shard: Shard, loss: Loss) -> StepStats:
+        """Forward, backward, clip, optimizer and schedule: one whole step.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite and the budget for skipping is used up; the
+                weights and the optimizer's state are those of before the step.
+        """
+        assert self._schedule is not None, "begin() comes first"
+        phases: dict[str, float] = {}
+        with _booked(phases, "forward_backward"):
+            shares, metrics = self._backward(shard, loss)
+        with _booked(phases, "optimizer"):
+            grad_norm = clip_gradients(self.model.parameters(), self.settings.max_grad_norm)
+            values = torch.stack(shares).tolist() if shares else []
+            if self._is_finite(values, grad_norm):
+                self._schedule.apply(self.optimizer, self.step)
+                self.optimizer.step()
+            else:
+                self._skip_or_raise(values, grad_norm)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+        metrics |= {
+            "loss": Metric(math.fsum(values), "sum"),
+            "grad_norm": Metric(grad_norm),
+            "lr": Metric(self._schedule.lr(self.step - 1)),
+            "weight_decay": Metric(self._schedule.weight_decay(self.step - 1)),
+            "skipped_steps": Metric(self.skipped_steps),
+            **{name: Metric(value) for name, value in self.optimizer.metrics().items()},
+        }
+        return StepStats(metrics, phases)
+
+    def _backward(self, shard: Shard, loss: Loss) -> tuple[list[Tensor], Metrics]:
+        """Accumulate the gradients of all micro-batches; the loss shares, and the loss's own metrics."""
+        self.model.train()
+        shares: list[Tensor] = []
+        collected: list[Metrics] = []
+        for micro_batch in shard.micro_batches:
+            batch = shard.batch.select(_sequences(micro_batch))
+            logprobs_N = self._target_logprobs(batch, micro_batch)
+            share, metrics = loss(logprobs_N, batch.to(self.device))
+            share.backward()
+            shares.append(share.detach())
+            collected.append(metrics)
+        return shares, reduce(collected)
+
+    def _is_finite(self, shares: list[float], grad_norm: float) -> bool:
+        """Whether every rank may step; the same answer on all ranks, since a step is a collective."""
+        finite = math.isfinite(grad_norm) and all(map(math.isfinite, shares))
+        if self._world_size > 1:
+            flag = torch.tensor(float(finite), device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+            finite = bool(flag)
+        return finite
+
+    def _skip_or_raise(self, shares: list[float], grad_norm: float) -> None:
+        """Count the step as skipped, or say where the first bad value arose."""
+        if self.skipped_steps < self.settings.skip_budget:
+            self.skipped_steps += 1
+            return
+        found = [
+            f"rank {self._rank}, micro-batch {i}: loss {share}"
+            for i, share in enumerate(shares)
+            if not math.isfinite(share)
+        ]
+        if self._world_size > 1:
+            gathered: list[list[str]] = [[] for _ in range(self._world_size)]
+            dist.all_gather_object(gathered, found)
+            found = [line for lines in gathered for line in lines]
+        where = "; ".join(found[:4]) or f"every loss is finite, the gradient norm is {grad_norm}"
+        raise NonFiniteError(
+            f"step {self.step + 1}: {where}. The weights were not changed. "
+            f"{self.skipped_steps} steps were skipped before; to leave such steps out, raise "
+            f"sft.skip_non_finite_steps (now {self.settings.skip_budget})"
+        )
+
+    def begin(self, total_steps: int) -> PolicyFacts:
+        """Lay the schedules over this many steps; the model, who owns its parameters, where it runs."""
+        self._schedule = Schedule(self._optimizer_config, self._scheduler_config, total_steps)
+        return PolicyFacts(
+            model=self._model_config(),
+            owners=self.routing.to_json(),
+            num_parameters=sum(row.numel for row in self.routing.rows),
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            threads=torch.get_num_threads(),
+        )
+
+    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+        """Write this rank's part of the state; returns when it is written or (asynchronous) copied."""
+        state = self._state()
+        if not with_optimizer:
+            del state[OPTIMIZER]
+        self._writer.save(folder, state)
+        rng.save(folder, rank=self._rank, world_size=self._world_size)
+
+    def save_finished(self) -> bool:
+        """Whether this rank's part of the last save is written; raises what went wrong meanwhile."""
+        finished = self._writer.done()
+        if finished:
+            self._writer.wait()
+        return finished
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Take this rank's part of what `save` wrote, in whatever layout it was written."""
+        template = self._state()
+        loaded = {name: load_state(folder / name, template[name]) for name in template}
+        # The model's tensors were filled in place; the optimizer's and the counters are handed back.
+        progress = loaded[MODEL]["progress"]
+        self.step, self.skipped_steps = progress["step"], progress["skipped_steps"]
+        self.optimizer.load_state_tree(loaded[OPTIMIZER])
+        rng.load(folder, rank=self._rank, world_size=self._world_size)
+
+    def _state(self) -> dict[str, dict[str, Any]]:
+        """What a resumed run needs, by sub-folder of a checkpoint."""
+        progress = {"step": self.step, "skipped_steps": self.skipped_steps}
+        return {
+            MODEL: {"weights": self._weights(), "progress": progress},
+            OPTIMIZER: self.optimizer.state_tree(),
+        }
+
+    def close(self) -> None:
+        """Finish what is being written; safe to call twice."""
+        self._writer.close()
+
+
+def _sequences(micro_batch: MicroBatch) -> list[int]:
+    return [sequence for row in micro_batch for sequence in row]
+
+
+@contextmanager
+def _booked(phases: dict[str, float], name: str) -> Iterator[None]:
+    start = perf_counter()
+    yield
+    phases[name] = phases.get(name, 0.0) + perf_counter() - start

@@ -1,0 +1,1 @@
+"""FSDP2 and tensor parallelism on Hugging Face causal language models."""

@@ -1,0 +1,149 @@
+"""One rank of the DTensor backend: a Hugging Face model under FSDP2 and tensor parallelism."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_like.backends.base import RankBackend, StepSettings
+from nemo_like.backends.dtensor import model as models
+from nemo_like.backends.dtensor.parallelize import build_mesh, shard_parameters, tensor_parallel
+from nemo_like.checkpoint.hf_import import read_hf
+from nemo_like.config.policy import PolicyConfig
+from nemo_like.errors import ConfigError
+from nemo_like.ops.packing import rows_of
+from nemo_like.optim.build import build_optimizer
+from nemo_like.types import MicroBatch, TrainBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class DTensorFactory:
+    """What a worker makes its backend from; picklable, and imports nothing heavy before it is called.
+
+    `model_source` is a folder with a `config.json` (and, unless `policy.init` is `random`, safetensors).
+    """
+
+    policy: PolicyConfig
+    model_source: Path
+    seed: int
+    skip_budget: int = 0
+    asynchronous_save: bool = False
+
+    def __call__(self) -> DTensorBackend:
+        """This rank's backend; joins the process group that the environment describes."""
+        return DTensorBackend(self)
+
+
+class DTensorBackend(RankBackend):
+    """FSDP2 with fp32 master weights, HSDP, tensor and sequence parallelism, on GPUs or on a CPU."""
+
+    def __init__(self, factory: DTensorFactory) -> None:
+        policy = factory.policy
+        config = policy.dtensor_cfg
+        self._joined, device = _join_process_group()
+        if config.cpu_offload and device.type == "cpu":
+            raise ConfigError(
+                "policy.dtensor_cfg.cpu_offload=true moves state from a GPU to the host, and this worker runs "
+                "on a CPU; set it to false"
+            )
+        self.mesh = build_mesh(config, device.type)
+        model = _build_model(factory, self.mesh, device)
+        optimizer, routing = build_optimizer(
+            models.named_parameters(model), policy.active_optimizer
+        )
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            routing=routing,
+            policy=policy,
+            settings=StepSettings(
+                max_grad_norm=policy.active_max_grad_norm,
+                row_multiple=policy.sequence_divisor,
+                skip_budget=factory.skip_budget,
+                asynchronous_save=factory.asynchronous_save,
+            ),
+            device=device,
+        )
+
+    def _target_logprobs(self, batch: TrainBatch, micro_batch: MicroBatch) -> Tensor:
+        rows = rows_of(batch, micro_batch, multiple=self.settings.row_multiple).to(self.device)
+        logprobs_M = self.model(
+            rows.input_ids_RT, rows.position_ids_RT, rows.predictor_M, rows.target_M
+        )
+        zeros_N = logprobs_M.new_zeros(len(batch.token_ids_N))
+        return zeros_N.index_put((rows.source_M,), logprobs_M)
+
+    def close(self) -> None:
+        """Finish what is being written and leave the process group; safe to call twice."""
+        super().close()
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in models.named_parameters(self.model)}
+
+    def _model_config(self) -> dict[str, Any]:
+        return self.model.hf.config.to_dict()
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole fp32 tensors by Hugging Face name; a collective."""
+        return models.whole_weights(self.model)
+
+
+def _join_process_group() -> tuple[bool, torch.device]:
+    """Whether a process group of all ranks (of one, without an environment) was made; this rank's device."""
+    has_gpu = torch.cuda.is_available()
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if has_gpu
+        else torch.device("cpu")
+    )
+    if has_gpu:
+        torch.cuda.set_device(device)
+    joined = not dist.is_initialized()
+    if joined:
+        backend = "cuda:nccl,cpu:gloo" if has_gpu else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return joined, device
+
+
+def _build_model(
+    factory: DTensorFactory, mesh: torch.distributed.DeviceMesh, device: torch.device
+) -> models.CausalLM:
+    policy, config = factory.policy, factory.policy.dtensor_cfg
+    hf_config = models.load_hf_config(factory.model_source, policy.hf_config_overrides)
+    hf = models.new_hf_model(hf_config, device="meta")
+    if config.activation_checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.tensor_parallel_size > 1:
+        tensor_parallel(hf, mesh["tp"], sequence_parallel=config.sequence_parallel)
+    model = models.CausalLM(
+        hf, chunk_size=policy.logprob_chunk_size, sequence_parallel=config.sequence_parallel
+    )
+    shard_parameters(
+        model, mesh, compute_dtype=DTYPES[policy.precision], cpu_offload=config.cpu_offload
+    )
+    models.materialize(model, torch.device("cpu") if config.cpu_offload else device)
+    weights = (
+        models.random_weights(hf_config, factory.seed)
+        if policy.init == "random"
+        else read_hf(
+            factory.model_source,
+            {name: tuple(p.shape) for name, p in models.named_parameters(model)},
+            tied=hf_config.tie_word_embeddings,
+        )
+    )
+    models.load_weights(model, weights)
+    return model

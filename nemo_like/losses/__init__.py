@@ -1,0 +1,1 @@
+"""Losses over the flat tokens of a batch."""

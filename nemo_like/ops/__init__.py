@@ -1,0 +1,1 @@
+"""Pure tensor functions: packing rows and log-probabilities."""

@@ -1,0 +1,235 @@
+"""What hangs on every step: metrics, timing, checkpoints, signals and the time limit.
+
+The algorithm reports (`phase`, `record`, `record_validation`) and asks for the next step; everything else
+happens in between, so that no algorithm contains any of it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from nemo_like.checkpoint.run_folder import Checkpoints
+from nemo_like.config.run import CheckpointingConfig
+from nemo_like.interfaces import MetricSink, Policy
+from nemo_like.observability.metrics import flatten
+from nemo_like.observability.timing import StepClock
+from nemo_like.types import Metrics, StepStats, TrainBatch
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Why a run should end after the step it is in; None while it should not.
+
+    The first SIGINT, SIGTERM or SIGUSR1 asks; a second one acts as if nobody handled it.
+    """
+
+    def __init__(self, *, must_save_by: str | None) -> None:
+        self._signal: str | None = None
+        self._deadline = None if must_save_by is None else time.monotonic() + seconds(must_save_by)
+
+    @property
+    def reason(self) -> str | None:
+        """What asked for the end."""
+        if self._signal is not None:
+            return self._signal
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return "checkpointing.checkpoint_must_save_by"
+        return None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside; only a main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
+
+
+def seconds(days_hours_minutes_seconds: str) -> float:
+    """The seconds of a `DD:HH:MM:SS` text."""
+    days, hours, minutes, rest = map(int, days_hours_minutes_seconds.split(":"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+class Position(Protocol):
+    """What knows where in the data the run is."""
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON."""
+        ...
+
+
+class Display(Protocol):
+    """What shows progress to a person."""
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """A training step was taken."""
+        ...
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """A validation was made."""
+        ...
+
+    def checkpoint(self, folder: Path) -> None:
+        """A checkpoint is whole."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A checkpoint whose state is copied, and perhaps still being written."""
+
+    step: int
+    metrics: dict[str, float]
+    data: dict[str, Any]
+
+
+class RunJournal:
+    """The journal of a real run."""
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        data: Position,
+        checkpoints: Checkpoints | None,
+        config: CheckpointingConfig,
+        sinks: list[MetricSink],
+        display: Display,
+        clock: StepClock,
+        first_step: int,
+        last_step: int,
+        export: Any = None,
+    ) -> None:
+        self._policy = policy
+        self._data = data
+        self._checkpoints = checkpoints
+        self._config = config
+        self._sinks = sinks
+        self._display = display
+        self._clock = clock
+        self._export = export
+        self._stop = StopRequest(must_save_by=config.checkpoint_must_save_by)
+        self._first, self._last = first_step, last_step
+        self._train: dict[str, float] = {}
+        self._validation: dict[str, float] = {}
+        self._tokens = 0
+        self._nested: dict[str, Mapping[str, float]] = {}
+        self._draft: _Draft | None = None
+        self.last_saved: Path | None = None
+        self.summary: dict[str, float] = {}
+
+    @property
+    def first_step(self) -> int:
+        """The first step still to do."""
+        return self._first
+
+    @property
+    def stopped_by(self) -> str | None:
+        """What ended the run before its last step."""
+        return self._stop.reason
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do; after each: metrics, checkpoint, and a look at what asks for an end."""
+        with self._stop.listening():
+            for step in range(self._first, self._last + 1):
+                yield step
+                ending = self.is_last(step)
+                if ending or step % self._config.save_period == 0:
+                    self._save(step)
+                self._commit(wait=ending or not self._config.is_async)
+                self._write(step)
+                if ending:
+                    return
+
+    def is_last(self, step: int) -> bool:
+        """Whether no step follows, as far as one can know."""
+        return step == self._last or self._stop.reason is not None
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time spent inside is booked under this name."""
+        return self._clock.phase(name)
+
+    def record(self, step: int, batch: TrainBatch, stats: StepStats) -> None:
+        """Book a training step."""
+        self._train = flatten(stats.metrics)
+        self._tokens = len(batch.token_ids_N)
+        self._nested = {"train": stats.phases}
+
+    def record_validation(self, step: int, metrics: Metrics) -> None:
+        """Book a validation."""
+        self._validation = flatten(metrics)
+        self._display.validation(step, self._validation)
+        if step < self._first:
+            self._log(step, _prefixed("val/", self._validation))
+
+    def close(self) -> None:
+        """Drop a checkpoint that is not whole, and close the sinks; safe to call twice."""
+        if self._draft is not None and self._checkpoints is not None:
+            self._checkpoints.abort(self._draft.step)
+            self._draft = None
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, step: int) -> None:
+        timing = self._clock.finish(step, num_tokens=self._tokens, nested=self._nested)
+        values = _prefixed("train/", self._train) | _prefixed("val/", self._validation) | timing
+        self._display.step(step, values)
+        self._log(step, values)
+        self._validation = {}
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self.summary |= values
+        for sink in self._sinks:
+            sink.log(step, values)
+
+    def _save(self, step: int) -> None:
+        if self._checkpoints is None:
+            return
+        with self._clock.phase("checkpoint"):
+            self._commit(wait=True)
+            folder = self._checkpoints.begin(step)
+            ranked = _prefixed("train:", self._train) | _prefixed("val:", self._validation)
+            self._draft = _Draft(step, ranked, self._data.state())
+            self._policy.save(folder, with_optimizer=self._config.save_optimizer)
+            if self._export is not None:
+                self._export(folder, self._policy)
+
+    def _commit(self, *, wait: bool) -> None:
+        """Make the draft a checkpoint, if its last byte is written (or `wait`)."""
+        if self._draft is None or self._checkpoints is None:
+            return
+        with self._clock.phase("checkpoint"):
+            while not self._policy.save_finished():
+                if not wait:
+                    return
+                time.sleep(0.05)
+            draft, self._draft = self._draft, None
+            self.last_saved = self._checkpoints.commit(
+                draft.step, metrics=draft.metrics, data=draft.data
+            )
+        self._display.checkpoint(self.last_saved)
+
+
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in values.items()}

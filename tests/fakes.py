@@ -1,0 +1,69 @@
+"""Plain objects that stand in for the world: a policy without a model, a journal without a disk."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+from nemo_like.types import Example, Metric, PolicyFacts, StepStats
+
+
+class FakePolicy:
+    """Its loss halves with every step; it remembers what it was asked."""
+
+    def __init__(self):
+        self.batches = []
+        self.logprob = -1.0
+
+    def begin(self, total_steps):
+        return PolicyFacts({}, [], 0, "cpu", 1)
+
+    def logprobs(self, batch):
+        return torch.where(batch.loss_mask_N, self.logprob, 0.0)
+
+    def train_step(self, batch, loss):
+        share, metrics = loss(self.logprobs(batch), batch)
+        self.batches.append(batch)
+        self.logprob /= 2
+        return StepStats(metrics | {"loss": Metric(float(share), "sum")})
+
+
+class FakeStream:
+    """Counts what was taken; example n is the tokens (n, n + 1)."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def take(self, n):
+        first, self.taken = self.taken, self.taken + n
+        return [Example((i, i + 1), (False, True)) for i in range(first, self.taken)]
+
+
+class FakeJournal:
+    """Remembers everything in order; `stop_after` plays the signal that ends a run."""
+
+    def __init__(self, last_step, *, first_step=1, stop_after=None):
+        self.first_step = first_step
+        self.last_step = last_step
+        self.stop_after = stop_after
+        self.events = []
+
+    def steps(self):
+        for step in range(self.first_step, self.last_step + 1):
+            yield step
+            self.events.append(("end", step))
+            if self.is_last(step):
+                return
+
+    def is_last(self, step):
+        return step in (self.last_step, self.stop_after)
+
+    def phase(self, name):
+        return nullcontext()
+
+    def record(self, step, batch, stats):
+        self.events.append(("train", step, stats.metrics["loss"].value))
+
+    def record_validation(self, step, metrics):
+        self.events.append(("validation", step))
