@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from nemo_like.observability.secrets import redact
 
@@ -30,6 +33,20 @@ class Answer:
     answer: str
     expected: str = ""
     is_correct: bool | None = None
+
+
+def ownership_table(owners: Iterable[Mapping[str, Any]]) -> Table:
+    """Which optimizer owns how much, and why, from the records that `Policy.describe` gives."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for owner in owners:
+        groups.setdefault((owner["optimizer"], owner["reason"]), []).append(owner)
+    rows = []
+    for (optimizer, reason), members in sorted(groups.items(), key=lambda g: g[0][0] != "muon"):
+        count = sum(math.prod(m["shape"]) for m in members)
+        numbers = (f"{len(members):,}", f"{count:,}", f"{count * 4 / 1e6:,.1f}")
+        rows.append((optimizer, reason, members[0]["name"], *numbers))
+    columns = ("optimizer", "reason", "first of them", "tensors", "parameters", "MB in fp32")
+    return Table("Which parameters each optimizer owns, and why", columns, tuple(rows))
 
 
 def collect_facts(**more: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_like.config.run import LoggerConfig, MlflowConfig, WandbConfig
 from nemo_like.errors import ConfigError
-from nemo_like.observability.run_folder import RunFolder, append_line, read_lines
+from nemo_like.observability.run_folder import RunFolder, append_line
 from nemo_like.observability.secrets import redact, redact_tree
 
 
@@ -59,16 +59,6 @@ class JsonlSink:
 
     def close(self) -> None:
         """Nothing is buffered."""
-
-
-def read_series(path: Path) -> dict[str, dict[int, float]]:
-    """The curves of a `metrics.jsonl`: name -> step -> value; of a step told twice, the last."""
-    series: dict[str, dict[int, float]] = {}
-    for record in read_lines(path):
-        for name, value in record.items():
-            if name not in ("step", "time"):
-                series.setdefault(name, {})[record["step"]] = float(value)
-    return {name: dict(sorted(points.items())) for name, points in series.items()}
 
 
 class TensorboardSink:

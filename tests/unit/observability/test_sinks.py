@@ -7,8 +7,9 @@ import pytest
 
 from nemo_like.config.run import LoggerConfig
 from nemo_like.errors import ConfigError
+from nemo_like.observability.curves import read_series
 from nemo_like.observability.run_folder import RunFolder
-from nemo_like.observability.sinks import JsonlSink, build_sinks, read_series
+from nemo_like.observability.sinks import JsonlSink, build_sinks
 
 
 def build(folder, resume_step=None, **switches):

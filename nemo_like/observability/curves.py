@@ -1,0 +1,143 @@
+"""The curves in `metrics.jsonl`, and the few numbers and charts of them that matter."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_like.observability.run_folder import read_lines
+
+Points = dict[int, float]
+"""The value of a metric at each step, in the order of the steps."""
+Series = dict[str, Points]
+
+_MOST_POINTS = 800
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines under one title; stacked ones are parts of a whole, shares are shown in per cent."""
+
+    title: str
+    lines: Series
+    unit: str = ""
+    is_stacked: bool = False
+    is_share: bool = False
+
+
+_CHARTS: tuple[tuple[str, str, str], ...] = (
+    # title, unit, pattern of the metrics; its group, if it has one, names the line
+    ("Loss", "nats per token", r"train/loss|validation/val_loss"),
+    ("Accuracy on held-out problems", "%", r"validation/accuracy"),
+    ("Reward", "", r"(?:train|validation)/reward"),
+    ("Learning rate", "", r"train/lr"),
+    ("Gradient norm", "", r"train/grad_norm"),
+    ("Size of an update (RMS)", "", r"train/(.+)/update_rms"),
+    ("Tokens per second", "", r"performance/tokens_per_s"),
+    ("Model FLOPs utilisation", "%", r"performance/mfu"),
+)
+_LINE_NAMES = {
+    "train/loss": "training",
+    "validation/val_loss": "held out",
+    "train/reward": "training",
+    "validation/reward": "held out",
+}
+
+
+def read_series(path: Path) -> Series:
+    """The curves of a `metrics.jsonl`: name -> step -> value; of a step told twice, the last."""
+    series: Series = {}
+    for record in read_lines(path):
+        for name, value in record.items():
+            if name not in ("step", "time"):
+                series.setdefault(name, {})[record["step"]] = float(value)
+    return {name: dict(sorted(points.items())) for name, points in series.items()}
+
+
+def headlines(series: Mapping[str, Points]) -> dict[str, str]:
+    """What a run came to, in a few words: the final values, and where they began."""
+    found = {}
+    for name, label, form in (
+        ("train/loss", "training loss", "{:.4f}"),
+        ("validation/val_loss", "held-out loss", "{:.4f}"),
+        ("validation/accuracy", "held-out accuracy", "{:.1%}"),
+        ("train/reward", "reward", "{:.3f}"),
+    ):
+        if values := list(series.get(name, {}).values()):
+            began = f" (from {form.format(values[0])})" if len(values) > 1 else ""
+            found[label] = form.format(values[-1]) + began
+    if rates := list(series.get("performance/tokens_per_s", {}).values()):
+        found["tokens per second"] = f"{statistics.median(rates):,.0f}"
+    if shares := list(series.get("performance/mfu", {}).values()):
+        found["model FLOPs utilisation"] = f"{statistics.median(shares):.1%}"
+    if steps := list(series.get("train/loss", {})):
+        found["steps"] = f"{steps[-1]:,}"
+    return found
+
+
+def main_charts(series: Mapping[str, Points]) -> list[Chart]:
+    """The charts that one looks at first, as far as the run has their metrics."""
+    charts = []
+    for title, unit, pattern in _CHARTS:
+        lines = {}
+        for name, points in series.items():
+            if match := re.fullmatch(pattern, name):
+                label = match[1] if match.re.groups else _LINE_NAMES.get(name, name.split("/")[-1])
+                lines[label] = thinned(points)
+        if lines:
+            charts.append(Chart(title, lines, "" if unit == "%" else unit, is_share=unit == "%"))
+    return charts + _phases(series)
+
+
+def other_charts(series: Mapping[str, Points]) -> list[Chart]:
+    """One chart for each metric that `main_charts` leaves out."""
+    shown = "|".join(pattern for _, _, pattern in _CHARTS) + r"|timing/.*|performance/eta_s"
+    return [
+        Chart(name, {name.split("/")[-1]: thinned(points)})
+        for name, points in sorted(series.items())
+        if not re.fullmatch(shown, name)
+    ]
+
+
+def thinned(points: Points) -> Points:
+    """At most 800 points that look the same: the lowest and the highest of each stretch."""
+    if len(points) <= _MOST_POINTS:
+        return points
+    steps = list(points)
+    size = math.ceil(2 * len(steps) / _MOST_POINTS)
+    kept: set[int] = {steps[0], steps[-1]}
+    for start in range(0, len(steps), size):
+        stretch = [s for s in steps[start : start + size] if math.isfinite(points[s])]
+        if stretch:
+            kept |= {min(stretch, key=points.__getitem__), max(stretch, key=points.__getitem__)}
+    return {step: points[step] for step in sorted(kept)}
+
+
+def smoothed(points: Points, *, span: int) -> Points:
+    """The exponential moving average over about `span` points; gaps stay gaps."""
+    result, average = {}, math.nan
+    for step, value in points.items():
+        if math.isfinite(value):
+            average = value if math.isnan(average) else average + (value - average) * 2 / (span + 1)
+        result[step] = average if math.isfinite(value) else math.nan
+    return result
+
+
+def _phases(series: Mapping[str, Points]) -> list[Chart]:
+    """The step-time chart; phases that take a hundredth of the time or less go into `other`."""
+    phases = {k.removeprefix("timing/"): v for k, v in series.items() if k.startswith("timing/")}
+    steps = list(thinned(series.get("performance/wall_s", {})))
+    if not phases or not steps:
+        return []
+    total = sum(sum(points.values()) for points in phases.values())
+    lines: Series = {}
+    for name, points in sorted(phases.items(), key=lambda item: -sum(item[1].values())):
+        kept = name if sum(points.values()) > total / 100 else "other"
+        line = lines.setdefault(kept, dict.fromkeys(steps, 0.0))
+        for step in steps:
+            line[step] += points.get(step, 0.0)
+    return [Chart("Where the time of a step goes", lines, "seconds", is_stacked=True)]
