@@ -1,0 +1,1 @@
+"""One optimizer for every parameter: Newton-Schulz, routing, update rules, schedules, clipping."""

@@ -1,0 +1,248 @@
+"""Which parameter goes to which optimizer, and why: every trainable parameter exactly once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from nemo_like.errors import ConfigError
+
+Algorithm = Literal["muon", "adamw", "sgd"]
+
+NAME_RULES: tuple[tuple[str, str], ...] = (
+    # A module called `gate_proj` or `gate_up_proj` is a hidden matrix; one called `gate` is a
+    # router.
+    ("bias", r"bias(\.weight)?$"),
+    ("LoRA adapter", r"(^|[._])lora_"),
+    ("norm", r"norm[^.]*(\.|$)|(^|\.)ln_?[^.]*\.weight$"),
+    ("position table", r"(^|\.)(wpe|[^.]*(pos|position|positional)_emb[^.]*)(\.|$)"),
+    ("embedding", r"(^|\.)(wte|[^.]*embed[^.]*)(\.|$)"),
+    ("output head", r"(^|\.)(lm_head|output_layer|embed_out|score|classifier|[^.]*_head)(\.|$)"),
+    ("router", r"(^|\.)(router|gate|[^.]*(router|expert_gate))(\.|$)"),
+    ("state-space parameter", r"(^|\.)(A_log|dt_bias|D)$"),
+    ("convolution", r"conv[^.]*(\.|$)|(^|\.)patch[^.]*\."),
+)
+"""(reason, pattern): a matrix whose name matches is left to AdamW; first match wins.
+
+Source: the exclusions of Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/) and of
+Megatron-LM. Added: biases stored as matrices (stacked experts), position tables, routers and LoRA.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One parameter; `shape`, `numel` and `num_bytes` are of the whole tensor, over all ranks."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    num_bytes: int
+    optimizer: Algorithm
+    reason: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who owns what: a row per trainable parameter (tied ones once), in the order of the model."""
+
+    rows: tuple[Row, ...]
+
+    def names(self, optimizer: Algorithm) -> tuple[str, ...]:
+        """The parameters of one algorithm, in order."""
+        return tuple(row.name for row in self.rows if row.optimizer == optimizer)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One record per optimizer and reason, for printing: counts, bytes, and an example."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.optimizer, row.reason), []).append(row)
+        return [
+            {
+                "optimizer": optimizer,
+                "reason": reason,
+                "tensors": len(rows),
+                "parameters": sum(r.numel for r in rows),
+                "bytes": sum(r.num_bytes for r in rows),
+                "example": rows[0].name,
+            }
+            for (optimizer, reason), rows in sorted(groups.items(), key=lambda g: g[0][0] != "muon")
+        ]
+
+    def table(self) -> Any:
+        """The summary as a rich table."""
+        from rich.table import Table
+
+        table = Table(title="Which parameters each optimizer owns, and why")
+        for column in ("optimizer", "reason", "example"):
+            table.add_column(column)
+        for column in ("tensors", "parameters", "MB"):
+            table.add_column(column, justify="right")
+        for line in self.summary():
+            size = f"{line['bytes'] / 1e6:,.1f}"
+            numbers = (f"{line['tensors']:,}", f"{line['parameters']:,}", size)
+            table.add_row(line["optimizer"], line["reason"], line["example"], *numbers)
+        return table
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """What a checkpoint stores, to be compared on resume."""
+        return [
+            {"name": r.name, "shape": list(r.shape), "optimizer": r.optimizer, "reason": r.reason}
+            for r in self.rows
+        ]
+
+    def fingerprint(self) -> str:
+        """A digest of names, shapes and owners; the same on every layout."""
+        text = json.dumps(sorted(_identity(record) for record in self.to_json()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def difference(self, saved: Sequence[dict[str, Any]]) -> list[str]:
+        """One sentence for each parameter whose shape or owner is not what `to_json` saved."""
+        now = {record["name"]: record for record in self.to_json()}
+        then = {record["name"]: record for record in saved}
+        found = [f"{name}: new, it was not trained before" for name in now.keys() - then.keys()]
+        found += [f"{name}: gone, it was trained before" for name in then.keys() - now.keys()]
+        for name in now.keys() & then.keys():
+            for key in ("shape", "optimizer"):
+                if now[name][key] != then[name][key]:
+                    found.append(f"{name}: {key} was {then[name][key]}, now {now[name][key]}")
+        return sorted(found)
+
+
+def _identity(record: dict[str, Any]) -> tuple[str, list[int], str]:
+    return record["name"], record["shape"], record["optimizer"]
+
+
+def embedding_names(model: nn.Module) -> frozenset[str]:
+    """The parameters of all `nn.Embedding` modules: evidence that is better than their names."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        for name, _ in module.named_parameters(recurse=False)
+    )
+
+
+def route(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    optimizer: Algorithm,
+    *,
+    embeddings: Iterable[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Routing:
+    """One row per trainable parameter; with `adamw` or `sgd` that algorithm takes them all.
+
+    Raises:
+        ConfigError: nothing is trainable, or an `include` or `exclude` pattern is not a regular
+        expression,
+            matches nothing, or asks for the impossible.
+    """
+    owners: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            owners.setdefault(id(parameter), (parameter, []))[1].append(name)
+    if not owners:
+        raise ConfigError("found no trainable parameter: all are frozen (requires_grad=False)")
+    names = [name for _, own in owners.values() for name in own]
+    takes = _Patterns("muon_include", include, names)
+    leaves = _Patterns("muon_exclude", exclude, names)
+    known = frozenset(embeddings)
+    rows = []
+    for parameter, own in owners.values():
+        chosen, reason = optimizer, "every parameter"
+        if optimizer == "muon":
+            chosen, reason = _choose(own, parameter, known, takes=takes, leaves=leaves)
+        rows.append(_row(own, parameter, chosen, reason))
+    return Routing(tuple(rows))
+
+
+class _Patterns:
+    """The regular expressions under one configuration key, each of which must match something."""
+
+    def __init__(self, key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+        self.key = key
+        self.compiled = [self._compile(pattern) for pattern in patterns]
+        for pattern in self.compiled:
+            if not any(map(pattern.search, names)):
+                some = ", ".join(names[:3])
+                raise ConfigError(
+                    f"{key}: {pattern.pattern!r} matches none of {len(names)} trainable parameters "
+                    f"(such as {some}); change or remove it"
+                )
+
+    def _compile(self, pattern: str) -> re.Pattern[str]:
+        try:
+            return re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{self.key}: {pattern!r} is not a regular expression: {error}"
+            ) from error
+
+    def first_match(self, names: Sequence[str]) -> str | None:
+        """The first pattern that finds one of these names."""
+        return next((p.pattern for p in self.compiled if any(map(p.search, names))), None)
+
+
+def _choose(
+    names: list[str],
+    parameter: Tensor,
+    embeddings: frozenset[str],
+    *,
+    takes: _Patterns,
+    leaves: _Patterns,
+) -> tuple[Algorithm, str]:
+    taken, left = takes.first_match(names), leaves.first_match(names)
+    if taken and left:
+        raise ConfigError(
+            f"{names[0]} matches muon_include ({taken!r}) and muon_exclude ({left!r}); "
+            "make one of them narrower"
+        )
+    if left:
+        return "adamw", f"muon_exclude {left!r}"
+    if taken:
+        if parameter.ndim < 2:
+            raise ConfigError(
+                f"muon_include {taken!r} takes {names[0]} of shape {tuple(parameter.shape)}, but "
+                "Muon needs a matrix; make the pattern narrower"
+            )
+        return "muon", f"muon_include {taken!r}"
+    reason = next(_reasons_against(names, parameter, embeddings), None)
+    if reason:
+        return "adamw", reason
+    return "muon", "hidden matrix" if parameter.ndim == 2 else "stacked hidden matrices"
+
+
+def _reasons_against(
+    names: list[str], parameter: Tensor, embeddings: frozenset[str]
+) -> Iterator[str]:
+    """Why Muon does not take this parameter; tied parameters are judged by all their names."""
+    if parameter.ndim < 2:
+        yield "one-dimensional"
+    if not embeddings.isdisjoint(names):
+        yield "embedding"
+    for reason, pattern in NAME_RULES:
+        if any(re.search(pattern, name) for name in names):
+            yield reason
+    if min(parameter.shape[-2:]) == 1:
+        yield "a vector in the form of a matrix"
+    if parameter.ndim > 3 or (parameter.ndim == 3 and not re.search("expert", names[0])):
+        yield f"{parameter.ndim}-dimensional, and no stack of experts"
+
+
+def _row(names: list[str], parameter: Tensor, optimizer: Algorithm, reason: str) -> Row:
+    return Row(
+        name=names[0],
+        shape=tuple(parameter.shape),
+        numel=parameter.numel(),
+        num_bytes=parameter.numel() * parameter.element_size(),
+        optimizer=optimizer,
+        reason=reason,
+        aliases=tuple(names[1:]),
+    )

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nemo_like.errors import ConfigError
+from nemo_like.optim.routing import embedding_names, route
+
+
+def parameter(*shape: int, trainable: bool = True) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape), requires_grad=trainable)
+
+
+def owner(name: str, *shape: int) -> str:
+    (row,) = route([(name, parameter(*shape))], "muon").rows
+    return row.optimizer
+
+
+HIDDEN = [
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.mlp.gate_proj.weight",
+    "model.layers.0.mlp.gate_up_proj.weight",
+    "model.layers.0.mlp.shared_expert.down_proj.weight",
+    "decoder.layers.3.mlp.linear_fc1.weight",
+    "transformer.h.0.attn.c_attn.weight",
+    "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+]
+ELSEWHERE = [
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    "output_layer.weight",
+    "transformer.wte.weight",
+    "transformer.wpe.weight",
+    "embedding.position_embeddings.weight",
+    "encoder.pos_embed",
+    "score.weight",
+    "model.layers.0.mlp.gate.weight",
+    "model.layers.0.block_sparse_moe.gate.weight",
+    "model.layers.0.mlp.router.weight",
+    "model.layers.0.mlp.shared_expert_gate.weight",
+    "base.layers.0.q_proj.lora_A.default.weight",
+    "model.layers.0.mlp.experts.gate_up_proj_bias",
+    "layers.0.relative_attention_bias.weight",
+    "model.layers.0.self_attn.q_norm.weight",
+    "mixer.conv1d.weight",
+    "mixer.A_log",
+    "visual.patch_embed.proj.weight",
+]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_hidden_matrix_goes_to_muon(name):
+    assert owner(name, 8, 6) == "muon"
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_matrix_with_another_meaning_goes_to_adamw(name):
+    assert owner(name, 8, 6) == "adamw"
+
+
+@pytest.mark.parametrize("shape", [(8,), (), (1, 8), (8, 1), (8, 4, 3), (8, 4, 3, 3)])
+def test_a_tensor_that_is_no_matrix_goes_to_adamw(shape):
+    assert owner("model.layers.0.mixer.proj.weight", *shape) == "adamw"
+
+
+def test_a_stack_of_experts_goes_to_muon():
+    assert owner("model.layers.0.mlp.experts.gate_up_proj", 4, 8, 6) == "muon"
+
+
+def test_a_tied_parameter_is_claimed_once_and_judged_by_all_its_names():
+    shared = parameter(10, 4)
+    routing = route([("proj.weight", shared), ("lm_head.weight", shared)], "muon")
+    (row,) = routing.rows
+    assert (row.name, row.aliases, row.optimizer) == ("proj.weight", ("lm_head.weight",), "adamw")
+
+
+def test_frozen_parameters_are_left_out():
+    named = [("a.weight", parameter(4, 4, trainable=False)), ("b.weight", parameter(4, 4))]
+    assert [row.name for row in route(named, "muon").rows] == ["b.weight"]
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        route([("a.weight", parameter(4, 4, trainable=False))], "adamw")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_other_optimizers_take_every_parameter(optimizer):
+    named = [("embed.weight", parameter(4, 4)), ("b.weight", parameter(4, 4)), ("c", parameter(4))]
+    assert route(named, optimizer).names(optimizer) == ("embed.weight", "b.weight", "c")
+
+
+def test_embeddings_of_a_model_are_known_whatever_their_names():
+    model = nn.ModuleDict({"table": nn.Embedding(5, 4), "proj": nn.Linear(4, 4, bias=False)})
+    known = embedding_names(model)
+    routing = route(model.named_parameters(), "muon", embeddings=known)
+    assert (routing.names("adamw"), routing.names("muon")) == (("table.weight",), ("proj.weight",))
+
+
+def test_patterns_overrule_the_rules():
+    named = [("mlp.gate.weight", parameter(4, 4)), ("attn.q_proj.weight", parameter(4, 4))]
+    routing = route(named, "muon", include=[r"mlp\.gate\."], exclude=["q_proj"])
+    assert routing.names("muon") == ("mlp.gate.weight",)
+    assert routing.rows[1].reason == "muon_exclude 'q_proj'"
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "message"),
+    [
+        (["nowhere"], [], "muon_include: 'nowhere' matches none of 2"),
+        ([], ["nowhere"], "muon_exclude: 'nowhere' matches none of 2"),
+        (["("], [], "not a regular expression"),
+        (["proj"], ["proj"], "muon_include .* and muon_exclude"),
+        (["norm"], [], "Muon needs a matrix"),
+    ],
+)
+def test_a_pattern_that_can_not_be_meant_is_refused(include, exclude, message):
+    named = [("attn.proj.weight", parameter(4, 4)), ("norm.weight", parameter(4))]
+    with pytest.raises(ConfigError, match=message):
+        route(named, "muon", include=include, exclude=exclude)
+
+
+def test_a_difference_names_what_differs():
+    saved = route(
+        [("a.weight", parameter(4, 4)), ("b.weight", parameter(4, 6)), ("c", parameter(4))], "muon"
+    )
+    now = route(
+        [("a.weight", parameter(4, 4)), ("b.weight", parameter(4, 8)), ("d", parameter(4))],
+        "muon",
+        exclude=["a.weight"],
+    )
+    assert now.difference(saved.to_json()) == [
+        "a.weight: optimizer was muon, now adamw",
+        "b.weight: shape was [4, 6], now [4, 8]",
+        "c: gone, it was trained before",
+        "d: new, it was not trained before",
+    ]
+    assert now.fingerprint() != saved.fingerprint()
+
+
+def test_the_fingerprint_survives_another_order_and_other_reasons():
+    named = [("a.weight", parameter(4, 4)), ("b.weight", parameter(4, 4))]
+    same = route(reversed(named), "muon", include=["a.weight"])
+    assert same.fingerprint() == route(named, "muon").fingerprint()
+    assert same.difference(route(named, "muon").to_json()) == []
+
+
+def test_the_summary_counts_everything_once():
+    named = [("embed.weight", parameter(10, 4)), ("a.weight", parameter(4, 4)), ("n", parameter(4))]
+    summary = route(named, "muon").summary()
+    assert summary[0]["optimizer"] == "muon"
+    assert sum(line["parameters"] for line in summary) == 60
+    assert sum(line["bytes"] for line in summary) == 240
+    assert route(named, "muon").table().row_count == 3
