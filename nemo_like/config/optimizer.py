@@ -41,7 +41,7 @@ class OptimizerConfig(Node):
     """Which parameters are updated how."""
 
     optimizer: OptimizerName = "adam"
-    """`adam` (AdamW), `sgd`, or `muon` = `dist_muon`: Muon for hidden matrices, AdamW for the rest."""
+    """`adam` (AdamW), `sgd`, or `muon` (= `dist_muon`): Muon for matrices, AdamW for the rest."""
     lr: NonNegativeFloat = 5e-6
     """Peak learning rate, of both halves."""
     min_lr: NonNegativeFloat = 0.0

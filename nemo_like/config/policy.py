@@ -161,12 +161,12 @@ class PolicyConfig(Node):
     @property
     def active_optimizer(self) -> OptimizerConfig:
         """`optimizer`, with what the active backend overrides."""
-        return OptimizerConfig.model_validate(self._merged(self.optimizer))
+        return OptimizerConfig.model_construct(**self._merged("optimizer"))
 
     @property
     def active_scheduler(self) -> SchedulerConfig:
         """`scheduler`, with what the active backend overrides."""
-        return SchedulerConfig.model_validate(self._merged(self.scheduler))
+        return SchedulerConfig.model_construct(**self._merged("scheduler"))
 
     @property
     def active_max_grad_norm(self) -> float | None:
@@ -192,11 +192,10 @@ class PolicyConfig(Node):
         names = type(getattr(self, block)).model_fields
         return {n: getattr(own, n) for n in names if getattr(own, n) is not None}
 
-    def _merged(self, base: OptimizerConfig | SchedulerConfig) -> dict[str, Any]:
-        block = "optimizer" if isinstance(base, OptimizerConfig) else "scheduler"
-        return dict(base) | self._overrides(block)
+    def _merged(self, block: str) -> dict[str, Any]:
+        return dict(getattr(self, block)) | self._overrides(block)
 
-    def _key(self, block: str, name: str) -> str:
+    def key_of(self, block: str, name: str) -> str:
         """Where the active value of a field of `optimizer` or `scheduler` was set."""
         prefix = "megatron_cfg." if name in self._overrides(block) else ""
         return f"{prefix}{block}.{name}"
@@ -239,28 +238,26 @@ class PolicyConfig(Node):
             )
 
     def _optimizer_conflicts(self) -> Iterator[Conflict]:
-        for block, cls in (("optimizer", OptimizerConfig), ("scheduler", SchedulerConfig)):
-            if self._overrides(block):  # what is wrong without overrides, the block itself reports
-                merged = cls.model_construct(**self._merged(getattr(self, block)))
-                for found in merged.conflicts():
-                    keys = tuple(self._key(block, key) for key in found.keys)
+        optimizer, scheduler = self.active_optimizer, self.active_scheduler
+        for block, active in (("optimizer", optimizer), ("scheduler", scheduler)):
+            if self._overrides(block):  # without overrides the block itself reports
+                for found in active.conflicts():
+                    keys = tuple(self.key_of(block, key) for key in found.keys)
                     yield Conflict(keys, found.message)
-        optimizer = OptimizerConfig.model_construct(**self._merged(self.optimizer))
-        scheduler = SchedulerConfig.model_construct(**self._merged(self.scheduler))
-        lr = self._key("optimizer", "lr")
+        lr = self.key_of("optimizer", "lr")
         if scheduler.lr_decay_style != "constant" and optimizer.min_lr > optimizer.lr:
             yield Conflict(
-                (lr, self._key("optimizer", "min_lr")), "a decay ends below where it starts"
+                (lr, self.key_of("optimizer", "min_lr")), "a decay ends below where it starts"
             )
         if scheduler.lr_warmup_iters and scheduler.lr_warmup_init > optimizer.lr:
             yield Conflict(
-                (lr, self._key("scheduler", "lr_warmup_init")), "a warm-up starts below its end"
+                (lr, self.key_of("scheduler", "lr_warmup_init")), "a warm-up starts below its end"
             )
 
     def _megatron_conflicts(self) -> Iterator[Conflict]:
         own, ddp = self.megatron_cfg.optimizer, self.megatron_cfg.distributed_data_parallel_config
-        name = self._key("optimizer", "optimizer")
-        if OptimizerConfig.model_construct(**self._merged(self.optimizer)).is_muon:
+        name = self.key_of("optimizer", "optimizer")
+        if self.active_optimizer.is_muon:
             for key, reason in MUON_NEEDS.items():
                 if getattr(own, key):
                     yield Conflict(

@@ -1,4 +1,4 @@
-"""Rules between the blocks of a tree, shared by all algorithms: the layout and its machines, files."""
+"""Rules between the blocks of a tree, shared by all algorithms: layout, lengths, files, secrets."""
 
 from __future__ import annotations
 

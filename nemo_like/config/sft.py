@@ -77,6 +77,9 @@ class SFTTree(Node):
         schedule, steps = self.policy.active_scheduler, self.sft.max_num_steps
         if schedule.lr_decay_iters is None and schedule.lr_warmup_iters > steps:
             yield Conflict(
-                ("policy.scheduler.lr_warmup_iters", "sft.max_num_steps"),
+                (
+                    f"policy.{self.policy.key_of('scheduler', 'lr_warmup_iters')}",
+                    "sft.max_num_steps",
+                ),
                 "the run ends before its warm-up does",
             )

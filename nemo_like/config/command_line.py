@@ -1,0 +1,161 @@
+"""The command line of an entry point: `argv` in, one validated `Invocation` out."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, NoReturn
+
+from nemo_like.config import compat, compose
+from nemo_like.config.draft import Draft, Origin, Problem, find, split
+from nemo_like.config.help import help_text
+from nemo_like.config.report import nearest_choice, report
+from nemo_like.config.schema import defaults, known_paths
+from nemo_like.config.validate import Tree, validate
+from nemo_like.errors import ConfigError
+
+Mode = Literal["run", "dry_run", "print_config", "help"]
+OPTIONS = {
+    "--config": "FILE     the configuration (from here, from the repository, or from its configs/)",
+    "--dry-run": "         show what would happen, and start nothing",
+    "--print-config": "    print the whole resolved configuration as YAML",
+    "--multirun": "        run every combination of a=1,2 b=x,y one after the other",
+    "--help": "[KEY]      every key with type and default; or those of one block",
+}
+
+
+@dataclass(frozen=True)
+class Invocation(Generic[Tree]):
+    """What the user asked for.
+
+    `sweep` holds the tree of every combination under `--multirun` (else `tree` alone); each has a
+    checkpoint folder of its own. `output` is what the modes `print_config` and `help` print.
+    """
+
+    tree: Tree
+    mode: Mode
+    config_path: Path
+    overrides: tuple[str, ...]
+    sweep: tuple[Tree, ...]
+    notes: tuple[str, ...] = ()
+    output: str = ""
+
+
+def parse(argv: Sequence[str], *, tree: type[Tree], default_config: Path) -> Invocation[Tree]:
+    """The invocation that a command line means.
+
+    Raises:
+        ConfigError: with everything that is wrong, in files and overrides, as one report.
+    """
+    options, rest = _parser().parse_known_args(list(argv))
+    path = compose.find_config(options.config or str(default_config))
+    mode: Mode = "help" if options.help else "print_config" if options.print_config else "run"
+    if mode == "run" and options.dry_run:
+        mode = "dry_run"
+    if mode == "help":
+        wanted = [word for word in rest if "=" not in word]
+        text = help_text(tree, wanted, options=OPTIONS)
+        return Invocation(tree(), mode, path or default_config, (), (), output=text)
+
+    problems = [_no_such_option(word) for word in rest if word.startswith("-")]
+    if path is None:
+        problems.append(_no_such_file(options.config or str(default_config)))
+    texts = [word for word in rest if not word.startswith("-")]
+    combinations, bad = compose.parse_overrides(texts, multirun=options.multirun)
+    problems += bad
+    if path is None:
+        raise ConfigError(report(problems))
+    trees, notes = _trees(path, combinations, tree, problems)
+    return Invocation(
+        tree=trees[0],
+        mode=mode,
+        config_path=path,
+        overrides=tuple(texts),
+        sweep=tuple(trees),
+        notes=tuple(dict.fromkeys(notes)),
+        output="---\n".join(to_yaml(t) for t in trees) if mode == "print_config" else "",
+    )
+
+
+def to_yaml(tree: Tree) -> str:
+    """The whole tree as a file that `--config` reads as the same tree."""
+    return compose.as_yaml(tree.model_dump(mode="json"))
+
+
+def _trees(
+    path: Path, combinations: list[compose.Overrides], tree: type[Tree], problems: list[Problem]
+) -> tuple[list[Tree], list[str]]:
+    """The tree of every combination, and notes."""
+    schema = compose.Schema(known_paths(tree), defaults(tree))
+    files: dict[tuple[str, ...], compose.Files] = {}
+    trees: list[Tree] = []
+    notes: list[str] = []
+    for index, overrides in enumerate(combinations):
+        if overrides.groups not in files:
+            files[overrides.groups] = _read(path, overrides.groups, problems)
+        draft = compose.apply(files[overrides.groups], overrides.values, schema)
+        compat.translate(draft)
+        if len(combinations) > 1:
+            _own_checkpoints(draft, index, overrides, schema)
+        draft.problems[:0] = problems
+        node, found = validate(draft, tree, schema.known)
+        if node is None:
+            raise ConfigError(report(found, draft))
+        trees.append(node)
+        notes += draft.notes
+    return trees, notes
+
+
+def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> compose.Files:
+    try:
+        return compose.read_files(path, groups)
+    except ConfigError as error:
+        raise ConfigError(report([*problems, Problem(str(error))])) from error
+
+
+def _own_checkpoints(
+    draft: Draft, index: int, overrides: compose.Overrides, schema: compose.Schema
+) -> None:
+    """Runs of a sweep must not resume from each other."""
+    key = "checkpointing.checkpoint_dir"
+    if any(text.startswith(key) for text in overrides.swept):
+        return
+    found, folder = draft.find(key)
+    if not found:
+        folder = find(schema.defaults, split(key))[1]
+    name = ",".join(text.lstrip("+").rpartition(".")[2] for text in overrides.swept)
+    name = re.sub(r"[^\w=,+-]+", "_", name)
+    last = max((o.layer for o in draft.origins.values()), default=0) + 1
+    draft.put(key, f"{folder}/{index}_{name}", Origin(last, "--multirun"))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(report([Problem(f"{message} (see --help)")]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    return parser
+
+
+def _no_such_option(word: str) -> Problem:
+    guess = nearest_choice(word, OPTIONS)
+    message = "there is no such option" + (f"; did you mean {guess}?" if guess else "")
+    return Problem(message, origin=Origin(0, f"command line: {word}"))
+
+
+def _no_such_file(name: str) -> Problem:
+    known = [str(p.relative_to(compose.ROOT)) for p in compose.CONFIGS.rglob("*.yaml")]
+    guess = nearest_choice(name, known)
+    message = "there is no such file, neither from here nor in the repository"
+    message += f"; did you mean {guess}?" if guess else ""
+    return Problem(message, origin=Origin(0, f"command line: --config {name}"))

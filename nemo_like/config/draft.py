@@ -1,0 +1,101 @@
+"""A composed configuration before validation: plain values that know where they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Origin:
+    """Where a value was written; a later `layer` (file, then override) wins over an earlier one."""
+
+    layer: int
+    text: str = ""
+
+
+DEFAULT = Origin(-1, "default")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, and the (dotted) keys it is about."""
+
+    message: str
+    keys: tuple[str, ...] = ()
+    origin: Origin | None = None
+
+
+@dataclass
+class Draft:
+    """Values as nested dicts, and the origin of every key that someone wrote."""
+
+    values: dict[str, Any]
+    origins: dict[Path, Origin] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def find(self, path: str) -> tuple[bool, Any]:
+        """Whether somebody wrote this key, and its value."""
+        return find(self.values, split(path))
+
+    def take(self, path: str) -> Any:
+        """The value of a key that is there; afterwards it is not."""
+        *parents, last = split(path)
+        return find(self.values, tuple(parents))[1].pop(last)
+
+    def put(self, path: str, value: Any, origin: Origin) -> None:
+        """Write a key, unless a later layer has written it already."""
+        parts = split(path)
+        if self.find(path)[0] and self.origin(path).layer > origin.layer:
+            return
+        section = self.values
+        for part in parts[:-1]:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[parts[-1]] = value
+        self.origins[parts] = origin
+
+    def move(self, source: str, target: str) -> None:
+        """Rename a key, if it is there."""
+        if self.find(source)[0]:
+            origin = self.origin(source)
+            self.put(target, self.take(source), origin)
+
+    def origin(self, path: str | Path) -> Origin:
+        """Where the value of a key comes from: written itself, or with the section around it."""
+        parts = split(path) if isinstance(path, str) else path
+        for n in range(len(parts), 0, -1):
+            if parts[:n] in self.origins:
+                return self.origins[parts[:n]]
+        below = [o for p, o in self.origins.items() if p[: len(parts)] == parts]
+        return max(below, default=DEFAULT)
+
+
+def split(path: str) -> Path:
+    """The parts of a dotted path."""
+    return tuple(path.split("."))
+
+
+def find(values: Any, path: Path) -> tuple[bool, Any]:
+    """Whether the nested values hold this path, and what they hold there."""
+    for part in path:
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        else:
+            return False, None
+    return True, values
+
+
+def walk(values: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every key of nested dicts with its value, parents first; lists count as values."""
+    for name, value in values.items():
+        yield (*path, str(name)), value
+        if isinstance(value, dict):
+            yield from walk(value, (*path, str(name)))

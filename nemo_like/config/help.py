@@ -1,0 +1,57 @@
+"""The tree as text for `--help`, and as Markdown for the documentation, from the schema alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_like.config.base import Node
+from nemo_like.config.schema import Key, keys
+
+
+def help_text(tree: type[Node], wanted: Sequence[str], *, options: Mapping[str, str]) -> str:
+    """Every key whose path contains one of the words (all without words): type, default, one line."""
+    found = [k for k in keys(tree) if not wanted or any(word in k.path for word in wanted)]
+    lines = [f"{tree.__doc__}", "", "Options:"]
+    lines += [f"  {name} {line}" for name, line in options.items()]
+    lines += ["", "Keys, set by key=value (++key=value is the same; ~key returns to the default):"]
+    for key in found:
+        lines += _section(key) if key.section else _lines(key)
+    if not found:
+        lines.append(f"  none contains {' or '.join(wanted)}")
+    return "\n".join(lines)
+
+
+def _section(key: Key) -> list[str]:
+    return ["", f"{key.path}: {key.line}"]
+
+
+def _lines(key: Key) -> list[str]:
+    return [f"  {key.path} = {value_text(key.default)}    ({key.type})", f"      {key.line}"]
+
+
+def value_text(value: Any) -> str:
+    """A default as a user would write it."""
+    if isinstance(value, str):
+        return value or "''"
+    return json.dumps(value)
+
+
+def markdown(tree: type[Node]) -> str:
+    """One table per section."""
+    lines: list[str] = []
+    for key in keys(tree):
+        if key.section:
+            level = "#" * (key.path.count(".") + 2)
+            lines += ["", f"{level} `{key.path}`", "", key.line, ""]
+            lines += ["| key | type | default | |", "|---|---|---|---|"]
+        else:
+            cells = (key.path.rpartition(".")[2], key.type, value_text(key.default))
+            code = " | ".join(f"`{_escape(cell)}`" for cell in cells)
+            lines.append(f"| {code} | {_escape(key.line)} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")

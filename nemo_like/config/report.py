@@ -1,0 +1,95 @@
+"""Problems as text: what was found and where, what is allowed, and the nearest spelling."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+from nemo_like.config.compat import MOVED
+from nemo_like.config.draft import Draft, Problem
+from nemo_like.config.schema import Key
+
+MAX_VALUE = 60
+
+
+def report(problems: Sequence[Problem], draft: Draft | None = None) -> str:
+    """Every problem, each with its keys, values and origins, once."""
+    several = "problems" if len(problems) > 1 else "problem"
+    texts = dict.fromkeys(_paragraph(problem, draft) for problem in problems)
+    head = f"{len(texts)} {several} in the configuration; nothing was started."
+    return "\n\n".join(
+        [head, *texts, "Every key with its default: --help (one block: --help sft)."]
+    )
+
+
+def _paragraph(problem: Problem, draft: Draft | None) -> str:
+    lines = [_key_line(key, problem, draft) for key in problem.keys]
+    if not problem.keys and problem.origin is not None:
+        lines = [f"  {problem.origin.text}"]
+    return "\n".join([*lines, *(f"      {line}" for line in problem.message.split("\n"))])
+
+
+def _key_line(key: str, problem: Problem, draft: Draft | None) -> str:
+    if draft is None:
+        return f"  {key}"
+    found, value = draft.find(key)
+    origin = problem.origin or draft.origin(key)
+    shown = f"{key} = {show(value)}" if found else key
+    return f"  {shown:<50}  [{origin.text}]"
+
+
+def show(value: Any) -> str:
+    """A value as a user would type it, shortened."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 3] + "..."
+
+
+def unknown_key(path: str, known: dict[str, Key]) -> str:
+    """The message for a key that does not exist, with the nearest ones."""
+    guesses = nearest_keys(path, known)
+    if not guesses:
+        return "there is no such key"
+    return f"there is no such key; did you mean {' or '.join(guesses)}?"
+
+
+def nearest_keys(path: str, known: dict[str, Key]) -> list[str]:
+    """The keys most like this one, by name first and place second; keys that moved count as well."""
+    plain = ".".join(part for part in path.split(".") if not part.isdigit())
+    if plain in MOVED:
+        return [MOVED[plain]] if MOVED[plain] in known else []
+    scores = {key: _likeness(plain, key) for key in known}
+    best = max(scores.values())
+    return [key for key, score in scores.items() if score > max(0.72, best - 0.001)][:2]
+
+
+def _likeness(path: str, key: str) -> float:
+    (place, _, name), (known_place, _, known_name) = path.rpartition("."), key.rpartition(".")
+    by_name = SequenceMatcher(None, name, known_name).ratio()
+    if by_name < 0.5:
+        return 0.0
+    same_place = SequenceMatcher(None, place, known_place).ratio() if place or known_place else 1.0
+    return 0.65 * by_name + 0.35 * same_place
+
+
+def wrong_value(value: Any, key: Key) -> str:
+    """The message for a value of the wrong type or range."""
+    if key.section:
+        return f"this is a section; its keys are {key.path}.<name>"
+    expected = f"expected {key.type}"
+    choices = key.type.split(" | ")
+    if isinstance(value, str) and len(choices) > 1:
+        guess = nearest_choice(value, choices)
+        return f"{expected}; did you mean {guess}?" if guess else expected
+    if key.type.startswith("str") and isinstance(value, int | float):
+        return f"{expected}; write a text that looks like a number in quotes: '\"{value}\"'"
+    return expected
+
+
+def nearest_choice(value: str, choices: Iterable[str]) -> str | None:
+    """The choice most like this text, if one is."""
+    scores = {c: SequenceMatcher(None, value.lower(), c.lower()).ratio() for c in choices}
+    best = max(scores, key=lambda choice: scores[choice], default=None)
+    return best if best is not None and scores[best] > 0.5 else None

@@ -1,0 +1,133 @@
+"""NeMo-RL's `{name: torch.optim.AdamW, kwargs: {...}}` and its lists of schedulers, flattened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_like.config.draft import Draft, Problem
+from nemo_like.config.optimizer import OptimizerConfig
+
+BLOCK, SCHEDULE = "policy.optimizer", "policy.scheduler"
+
+ADAM = {"lr": "lr", "weight_decay": "weight_decay", "eps": "adam_eps"}
+SGD = {"lr": "lr", "weight_decay": "weight_decay", "momentum": "sgd_momentum"}
+MUON = {
+    "lr": "lr",
+    "weight_decay": "weight_decay",
+    "momentum": "muon_momentum",
+    "nesterov": "muon_use_nesterov",
+    "ns_steps": "muon_num_ns_steps",
+    "adjust_lr_fn": "muon_scale_mode",
+}
+OPTIMIZERS: dict[str, tuple[str, dict[str, str]]] = {
+    "torch.optim.AdamW": ("adam", ADAM),
+    "torch.optim.adamw.AdamW": ("adam", ADAM),
+    "torch.optim.SGD": ("sgd", SGD),
+    "torch.optim.Muon": ("muon", MUON),
+}
+"""Dotted class -> our name, and our names of its arguments (`betas` are two keys here)."""
+
+KERNEL_CHOICES = ("foreach", "fused", "capturable", "differentiable")
+"""Arguments that choose among kernels of equal results."""
+
+
+def translate_optimizer(draft: Draft) -> None:
+    """Flatten `policy.optimizer.{name, kwargs}`, which may also be given in parts by overrides."""
+    has_name, name = draft.find(f"{BLOCK}.name")
+    has_kwargs, kwargs = draft.find(f"{BLOCK}.kwargs")
+    if not has_name and not has_kwargs:
+        return
+    origin = draft.origin(f"{BLOCK}.name" if has_name else f"{BLOCK}.kwargs")
+    if has_name and name not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        message = f"is not one of {known}; or write policy.optimizer.optimizer=adam | sgd | muon"
+        draft.problems.append(Problem(message, (f"{BLOCK}.name",), origin))
+    elif has_kwargs and not isinstance(kwargs, dict):
+        draft.problems.append(Problem("must be a mapping", (f"{BLOCK}.kwargs",), origin))
+    else:
+        ours, names = OPTIMIZERS[name] if has_name else OPTIMIZERS["torch.optim.AdamW"]
+        if has_name:
+            draft.put(f"{BLOCK}.optimizer", ours, origin)
+        for key, value in (kwargs or {}).items():
+            _put_argument(draft, key, value, names)
+    for part, present in (("name", has_name), ("kwargs", has_kwargs)):
+        if present:
+            draft.take(f"{BLOCK}.{part}")
+
+
+def _put_argument(draft: Draft, key: str, value: Any, names: dict[str, str]) -> None:
+    path = f"{BLOCK}.kwargs.{key}"
+    origin = draft.origin(path)
+    if key in KERNEL_CHOICES:
+        return
+    if key == "betas" and isinstance(value, list) and len(value) == 2 and names is not SGD:
+        draft.put(f"{BLOCK}.adam_beta1", value[0], origin)
+        draft.put(f"{BLOCK}.adam_beta2", value[1], origin)
+    elif key in names:
+        draft.put(f"{BLOCK}.{names[key]}", value, origin)
+    else:
+        known = ", ".join(f"{k} -> policy.optimizer.{v}" for k, v in names.items())
+        message = f"this optimizer's arguments are: {known}, betas"
+        draft.problems.append(Problem(message, (path,), origin))
+
+
+def translate_scheduler(draft: Draft) -> None:
+    """Flatten a list of torch schedulers: a linear warm-up, then one constant or one decay."""
+    found, stages = draft.find(SCHEDULE)
+    if isinstance(stages, dict) and "name" in stages:
+        stages = [stages]
+    if not found or not isinstance(stages, list):
+        return
+    origin = draft.origin(SCHEDULE)
+    draft.take(SCHEDULE)
+    draft.origins.pop(("policy", "scheduler"), None)
+    has_lr, lr = draft.find(f"{BLOCK}.lr")
+    try:
+        fields = _flatten(stages, float(lr if has_lr else OptimizerConfig().lr))
+    except (KeyError, TypeError, ValueError) as error:
+        message = (
+            f"{error}; write policy.scheduler with Megatron's names (see --help policy.scheduler)"
+        )
+        draft.problems.append(Problem(message, (SCHEDULE,), origin))
+        return
+    for path, value in fields.items():
+        draft.put(path, value, origin)
+
+
+def _flatten(stages: list[Any], lr: float) -> dict[str, Any]:
+    """Our keys for a warm-up (if there is one) and the stage after it (if there is one)."""
+    parts = [(s["name"].rpartition(".")[2], s.get("kwargs") or {}) for s in stages if "name" in s]
+    milestones = [m for s in stages for m in s.get("milestones", ())]
+    fields: dict[str, Any] = {}
+    warmup = 0
+    if parts and _is_warm_up(*parts[0]):
+        kwargs = parts.pop(0)[1]
+        warmup = kwargs.get("total_iters", 5)
+        fields[f"{SCHEDULE}.lr_warmup_iters"] = warmup
+        fields[f"{SCHEDULE}.lr_warmup_init"] = kwargs.get("start_factor", 1 / 3) * lr
+        if milestones not in ([], [warmup]):
+            raise ValueError(f"the warm-up ends at {warmup}, not at {milestones}")
+    if len(parts) > 1:
+        raise ValueError("after the warm-up there is one stage")
+    return fields | (_decay(*parts[0], lr, warmup) if parts else {})
+
+
+def _is_warm_up(name: str, kwargs: dict[str, Any]) -> bool:
+    rises = kwargs.get("start_factor", 1 / 3) < kwargs.get("end_factor", 1.0) == 1
+    return name == "LinearLR" and rises
+
+
+def _decay(name: str, kwargs: dict[str, Any], lr: float, warmup: int) -> dict[str, Any]:
+    if name == "ConstantLR" and kwargs.get("factor", 1 / 3) == 1:
+        return {f"{SCHEDULE}.lr_decay_style": "constant"}
+    if name == "CosineAnnealingLR":
+        style, length, end = "cosine", kwargs["T_max"], kwargs.get("eta_min", 0.0)
+    elif name == "LinearLR" and kwargs.get("start_factor", 1 / 3) == 1:
+        style, length, end = "linear", kwargs["total_iters"], kwargs["end_factor"] * lr
+    else:
+        raise ValueError(f"{name} with {kwargs} has no equal here")
+    return {
+        f"{SCHEDULE}.lr_decay_style": style,
+        f"{SCHEDULE}.lr_decay_iters": warmup + length,
+        f"{BLOCK}.min_lr": end,
+    }
