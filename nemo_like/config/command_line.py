@@ -126,8 +126,9 @@ def _own_checkpoints(
     found, folder = draft.find(key)
     if not found:
         folder = find(schema.defaults, split(key))[1]
-    name = ",".join(text.lstrip("+").rpartition(".")[2] for text in overrides.swept)
-    name = re.sub(r"[^\w=,+-]+", "_", name)
+    pairs = (text.partition("=") for text in overrides.swept)
+    name = ",".join(f"{key_path.rpartition('.')[2]}={value}" for key_path, _, value in pairs)
+    name = re.sub(r"[^\w.=,+-]+", "_", name)
     last = max((o.layer for o in draft.origins.values()), default=0) + 1
     draft.put(key, f"{folder}/{index}_{name}", Origin(last, "--multirun"))
 

@@ -91,13 +91,12 @@ def parse_overrides(
             problem = f"this is no override (key=value): {_first_line(error)}"
         if problem is not None:
             problems.append(Problem(problem, origin=_line(0, text)))
+    swept = [index for index, among in enumerate(choices) if len(among) > 1]
     combinations = [
         Overrides(
             groups=tuple(_text(o) for o in combination if _is_group(o)),
             values=tuple(o for o in combination if not _is_group(o)),
-            swept=tuple(
-                _text(o) for o, among in zip(combination, choices, strict=True) if among[1:]
-            ),
+            swept=tuple(_text(combination[index]).lstrip("+") for index in swept),
         )
         for combination in itertools.product(*choices)
     ]

@@ -11,7 +11,7 @@ from nemo_like.config.schema import Key, keys
 
 
 def help_text(tree: type[Node], wanted: Sequence[str], *, options: Mapping[str, str]) -> str:
-    """Every key whose path contains one of the words (all without words): type, default, one line."""
+    """Every key whose path contains one of the words (without words: all), one entry each."""
     found = [k for k in keys(tree) if not wanted or any(word in k.path for word in wanted)]
     lines = [f"{tree.__doc__}", "", "Options:"]
     lines += [f"  {name} {line}" for name, line in options.items()]

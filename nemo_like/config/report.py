@@ -12,6 +12,7 @@ from nemo_like.config.draft import Draft, Problem
 from nemo_like.config.schema import Key
 
 MAX_VALUE = 60
+HINT = "Every key with its default: --help (one block: --help sft)."
 
 
 def report(problems: Sequence[Problem], draft: Draft | None = None) -> str:
@@ -19,9 +20,7 @@ def report(problems: Sequence[Problem], draft: Draft | None = None) -> str:
     several = "problems" if len(problems) > 1 else "problem"
     texts = dict.fromkeys(_paragraph(problem, draft) for problem in problems)
     head = f"{len(texts)} {several} in the configuration; nothing was started."
-    return "\n\n".join(
-        [head, *texts, "Every key with its default: --help (one block: --help sft)."]
-    )
+    return "\n\n".join([head, *texts, HINT])
 
 
 def _paragraph(problem: Problem, draft: Draft | None) -> str:
@@ -56,7 +55,7 @@ def unknown_key(path: str, known: dict[str, Key]) -> str:
 
 
 def nearest_keys(path: str, known: dict[str, Key]) -> list[str]:
-    """The keys most like this one, by name first and place second; keys that moved count as well."""
+    """The keys most like this one, by name first and place second, or where it has moved to."""
     plain = ".".join(part for part in path.split(".") if not part.isdigit())
     if plain in MOVED:
         return [MOVED[plain]] if MOVED[plain] in known else []

@@ -29,7 +29,7 @@ class Key:
 
 
 def keys(node: type[Node], prefix: str = "") -> Iterator[Key]:
-    """Every key of the tree in the order of the schema, a section's own keys before its sections."""
+    """Every key of the tree in the schema's order, a section's own keys before its sections."""
     sections: list[tuple[Key, type[Node]]] = []
     for name, field in node.model_fields.items():
         inner = _nodes(field.annotation)

@@ -45,7 +45,7 @@ def validate(
 
 
 def _parse(values: dict[str, Any], tree: type[Tree]) -> Tree:
-    """Strict, as JSON: lists are tuples, whole numbers are floats, and nothing else is converted."""
+    """Strict, as JSON: lists are tuples, whole numbers may be floats, nothing else is converted."""
     text = json.dumps(values, default=str)
     return tree.model_validate_json(text, strict=True, context=DEFER_CONFLICTS)
 
