@@ -49,7 +49,7 @@ def write_uv(folder: Path, *, exit_code: int) -> Path:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch) -> Path:
-    """A folder that plays a machine without a GPU, in whose environment neither build is installed."""
+    """A folder that plays a machine without a GPU, with neither build in its environment."""
     add_devices(tmp_path / "dev", "null")
     elsewhere = [p for p in sys.path if "site-packages" not in p]
     monkeypatch.setattr(sys, "path", [str(tmp_path / "packages"), *elsewhere])

@@ -1,0 +1,70 @@
+"""The documents speak of what exists, and the import table is the one that is held."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), *(ROOT / "3rdparty").glob("*.md")]
+)
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+NAMED_FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|md|jsonl|toml))`")
+FOLDERS = (ROOT, ROOT / "nemo_like")
+
+
+@each_document
+def test_every_local_link_leads_somewhere(document):
+    targets = [t for t in LINK.findall(document.read_text()) if "://" not in t]
+    assert [t for t in targets if not (document.parent / t).exists()] == []
+
+
+@each_document
+def test_every_file_that_is_named_exists(document):
+    named = NAMED_FILE.findall(document.read_text())
+    assert [n for n in named if not any((folder / n).exists() for folder in FOLDERS)] == []
+
+
+def test_the_import_table_of_the_documentation_is_the_one_that_is_held():
+    held = runpy.run_path(str(Path(__file__).with_name("test_layers.py")))
+    written = {}
+    table = (ROOT / "docs/architecture.md").read_text().split("| Part | may import |")[1]
+    for row in table.split("\n\n")[0].splitlines()[2:]:
+        parts, allowed = (cell.strip() for cell in row.strip("|").split("|"))
+        names = held["EVERYTHING"] if allowed == "everything" else set(re.findall(r"\w+", allowed))
+        written |= dict.fromkeys(re.findall(r"\w+", parts), names)
+    may_import = held["MAY_IMPORT"]
+    assert written == {part: may_import[part] for part in may_import if part in written}
+    assert set(may_import) - set(written) == {"", "assets", "__main__"}
+
+
+@pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs a git checkout"
+)
+def test_no_tracked_file_names_a_package_index_or_a_machine():
+    judges = ("test_docs.py", "test_pins.py")
+    secrets_of_place = r"(pypi\.org|/simple/?[\"' ]|extra-index-url|find-links|/root/|/home/\w)"
+    found = subprocess.run(
+        [
+            "git",
+            "grep",
+            "-nIE",
+            secrets_of_place,
+            "--",
+            ".",
+            *(f":!tests/unit/{n}" for n in judges),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode in (0, 1), found.stderr
+    assert found.stdout == ""
