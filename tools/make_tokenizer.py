@@ -1,8 +1,8 @@
 """Writes the tokenizer of the bundled tiny model: `python tools/make_tokenizer.py`.
 
-A byte-level BPE of 320 ids: 256 bytes, 61 merges chosen by hand, 3 special tokens. No merge touches a digit
-or an operator, so that a number is always the sequence of its digits; `Answer: ` and the two chat headers are
-one token each, so that an arithmetic problem takes about 40 tokens.
+A byte-level BPE of 320 ids: 256 bytes, 61 merges chosen by hand, 3 special tokens. No merge touches
+a digit or an operator, so that a number is always the sequence of its digits; `Answer: ` and the
+two chat headers are one token each, so that an arithmetic problem takes about 40 tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +20,56 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 NUM_IDS = 320
 CONTEXT = 2048
 STRINGS = (
-    *("Answer: ", "user\n", "assistant\n", " t", " th", " the", " a", " an", " and", " s", " w", " o"),
-    *(" b", " c", " f", " m", " p", " h", " d", "in", "ing", "er", "re", "on", "an", "en", "at", "es"),
-    *("ou", "or", "it", "is", "ed", "al", "st", "ll", "le", " l", " n", " g", "ic", "om", "ch", "ay"),
+    *(
+        "Answer: ",
+        "user\n",
+        "assistant\n",
+        " t",
+        " th",
+        " the",
+        " a",
+        " an",
+        " and",
+        " s",
+        " w",
+        " o",
+    ),
+    *(
+        " b",
+        " c",
+        " f",
+        " m",
+        " p",
+        " h",
+        " d",
+        "in",
+        "ing",
+        "er",
+        "re",
+        "on",
+        "an",
+        "en",
+        "at",
+        "es",
+    ),
+    *(
+        "ou",
+        "or",
+        "it",
+        "is",
+        "ed",
+        "al",
+        "st",
+        "ll",
+        "le",
+        " l",
+        " n",
+        " g",
+        "ic",
+        "om",
+        "ch",
+        "ay",
+    ),
 )
 """What is one token. The first ones win where two overlap."""
 

@@ -1,8 +1,8 @@
 """The bundled problems: chains of additions and subtractions, seeded.
 
-Half of the solutions work one step per line, half answer at once. A small model learns to work and can not
-learn to answer at once, so after fine-tuning it is right about as often as it picks the first style: a start
-from which reinforcement learning visibly teaches it to show its work.
+Half of the solutions work one step per line, half answer at once. A small model learns to work and
+can not learn to answer at once, so after fine-tuning it is right about as often as it picks the
+first style: a start from which reinforcement learning visibly teaches it to show its work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HELD_OUT_ONE_IN = 10
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A chain such as `7+5-3=?`, its solution in one of two styles, and the number that is right."""
+    """A chain such as `7+5-3=?`, its solution in one of two styles, and the right number."""
 
     prompt: str
     response: str

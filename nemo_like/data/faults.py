@@ -34,7 +34,7 @@ def _row_error(rule: str, field: str, found: str) -> RowError:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A `RowError` with its place. `row` counts lines of a .jsonl file, else rows, from 1; 0 is the whole file."""
+    """A `RowError` with its place: lines of a .jsonl file, else rows, from 1; 0 is all of a file."""
 
     file: str
     row: int
@@ -80,7 +80,7 @@ class FaultReport:
         """None if all is well, the summary if bad rows may be dropped.
 
         Raises:
-            DataError: if bad rows are refused or are more than may be dropped, or a whole file is bad.
+            DataError: if bad rows are refused, or too many to drop, or a whole file is bad.
         """
         if not self.counts:
             return None
@@ -90,7 +90,9 @@ class FaultReport:
         if self.has_bad_file:
             cure = "Correct the file or its path."
         elif drop:
-            cure = f"That is a share of {share:.4f}, more than data.max_bad_rows={max_share:g} allows."
+            cure = (
+                f"That is a share of {share:.4f}, more than data.max_bad_rows={max_share:g} allows."
+            )
         else:
             cure = "Correct the rows, or leave them out with data.bad_rows=drop"
             cure += f" data.max_bad_rows={share * 1.005 + 5e-5:.4f}." if share > max_share else "."
