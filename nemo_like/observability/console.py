@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from nemo_like.errors import NemoLikeError
-from nemo_like.observability.records import Answer, Table
+from nemo_like.observability.records import Answer, Table, is_number
 from nemo_like.observability.secrets import redact
 
 PLAIN_LINE_EVERY_S = 5.0
@@ -94,7 +94,7 @@ class RunConsole:
         """A table, with numbers to the right."""
         rich_table = RichTable(title=_text(table.title), box=box.SIMPLE_HEAD, title_justify="left")
         for index, column in enumerate(table.columns):
-            is_number = all(_is_number(row[index]) for row in table.rows)
+            is_number = all(is_number(row[index]) for row in table.rows)
             rich_table.add_column(_text(column), justify="right" if is_number else "left")
         for row in table.rows:
             rich_table.add_row(*map(_text, row))
@@ -190,10 +190,6 @@ def _grid(entries: Mapping[str, str]) -> RichTable:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _ANSWER_CHARACTERS else text[:_ANSWER_CHARACTERS] + " ..."
-
-
-def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"[-+\d.,]+%?", text))
 
 
 def _text(text: str) -> Text:

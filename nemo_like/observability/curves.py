@@ -16,17 +16,20 @@ Points = dict[int, float]
 Series = dict[str, Points]
 
 _MOST_POINTS = 800
+_MOST_BARS = 100
+_NOISY = ("Loss", "Reward", "Gradient norm", "Tokens per second", "Model FLOPs utilisation")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines under one title; stacked ones are parts of a whole, shares are shown in per cent."""
+    """Lines under one title; parts of a whole are stacked, shares are shown in per cent."""
 
     title: str
     lines: Series
     unit: str = ""
     is_stacked: bool = False
     is_share: bool = False
+    is_noisy: bool = False
 
 
 _CHARTS: tuple[tuple[str, str, str], ...] = (
@@ -84,12 +87,14 @@ def main_charts(series: Mapping[str, Points]) -> list[Chart]:
     charts = []
     for title, unit, pattern in _CHARTS:
         lines = {}
-        for name, points in series.items():
+        for name, points in sorted(series.items()):
             if match := re.fullmatch(pattern, name):
                 label = match[1] if match.re.groups else _LINE_NAMES.get(name, name.split("/")[-1])
                 lines[label] = thinned(points)
         if lines:
-            charts.append(Chart(title, lines, "" if unit == "%" else unit, is_share=unit == "%"))
+            shown_unit, is_share = ("", True) if unit == "%" else (unit, False)
+            is_noisy = title in _NOISY
+            charts.append(Chart(title, lines, shown_unit, is_share=is_share, is_noisy=is_noisy))
     return charts + _phases(series)
 
 
@@ -118,26 +123,32 @@ def thinned(points: Points) -> Points:
 
 
 def smoothed(points: Points, *, span: int) -> Points:
-    """The exponential moving average over about `span` points; gaps stay gaps."""
-    result, average = {}, math.nan
-    for step, value in points.items():
-        if math.isfinite(value):
-            average = value if math.isnan(average) else average + (value - average) * 2 / (span + 1)
-        result[step] = average if math.isfinite(value) else math.nan
+    """The mean of the `span` points around each one, fewer towards the ends; gaps stay gaps.
+
+    It looks both ways, so a smoothed curve does not lag behind what it smooths.
+    """
+    values = list(points.values())
+    result = {}
+    for index, step in enumerate(points):
+        reach = min(span // 2, index, len(values) - 1 - index)
+        near = [v for v in values[index - reach : index + reach + 1] if math.isfinite(v)]
+        result[step] = statistics.fmean(near) if math.isfinite(values[index]) else math.nan
     return result
 
 
 def _phases(series: Mapping[str, Points]) -> list[Chart]:
-    """The step-time chart; phases that take a hundredth of the time or less go into `other`."""
+    """The step-time chart: means over stretches of steps; phases under a hundredth are `other`."""
     phases = {k.removeprefix("timing/"): v for k, v in series.items() if k.startswith("timing/")}
-    steps = list(thinned(series.get("performance/wall_s", {})))
+    steps = list(series.get("performance/wall_s", {}))
     if not phases or not steps:
         return []
+    size = math.ceil(len(steps) / _MOST_BARS)
+    stretches = [steps[i : i + size] for i in range(0, len(steps), size)]
     total = sum(sum(points.values()) for points in phases.values())
     lines: Series = {}
     for name, points in sorted(phases.items(), key=lambda item: -sum(item[1].values())):
         kept = name if sum(points.values()) > total / 100 else "other"
-        line = lines.setdefault(kept, dict.fromkeys(steps, 0.0))
-        for step in steps:
-            line[step] += points.get(step, 0.0)
+        line = lines.setdefault(kept, dict.fromkeys((s[0] for s in stretches), 0.0))
+        for stretch in stretches:
+            line[stretch[0]] += sum(points.get(s, 0.0) for s in stretch) / len(stretch)
     return [Chart("Where the time of a step goes", lines, "seconds", is_stacked=True)]

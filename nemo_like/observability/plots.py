@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from nemo_like.observability.curves import Chart, smoothed
 
@@ -19,37 +20,52 @@ _FEW_POINTS = 30
 _MANY_POINTS = 60
 
 
-def draw(chart: Chart) -> str:
-    """The chart as an `<svg>` element as wide as its place."""
+@dataclass(frozen=True)
+class Drawing:
+    """A chart as an `<svg>` element as wide as its place, and the (label, colour) of each line."""
+
+    title: str
+    svg: str
+    legend: tuple[tuple[str, str], ...]
+    is_wide: bool
+
+
+def draw(chart: Chart) -> Drawing:
+    """The chart, drawn."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": 9.5}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": 9.5}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(6.0, 3.1), layout="constrained")
+        figure = Figure(figsize=(12.2 if chart.is_stacked else 6.0, 2.9), layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         _stack(axes, chart) if chart.is_stacked else _lines(axes, chart)
         _dress(axes, chart)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return _adapted(buffer.getvalue(), chart.title)
+    svg = _adapted(buffer.getvalue(), chart.title)
+    legend = tuple(zip(chart.lines, _repeated(len(chart.lines)), strict=True))
+    return Drawing(chart.title, svg, legend if len(legend) > 1 else (), is_wide=chart.is_stacked)
 
 
 def _lines(axes: Axes, chart: Chart) -> None:
-    for colour, (label, points) in zip(
-        _repeated(len(chart.lines)), chart.lines.items(), strict=True
-    ):
+    for colour, points in zip(_repeated(len(chart.lines)), chart.lines.values(), strict=True):
         steps = list(points)
         values = [v if math.isfinite(v) else math.nan for v in points.values()]
-        if len(points) > _MANY_POINTS:
+        if chart.is_noisy and len(points) > _MANY_POINTS:
             average = smoothed(points, span=max(5, len(points) // 25))
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
-            axes.plot(steps, list(average.values()), color=colour, linewidth=1.7, label=label)
+            axes.plot(steps, list(average.values()), color=colour, linewidth=1.7)
         else:
             marker = "o" if len(points) <= _FEW_POINTS else ""
             axes.plot(
-                steps, values, color=colour, linewidth=1.7, marker=marker, markersize=3, label=label
+                steps,
+                values,
+                color=colour,
+                linewidth=1.7,
+                marker=marker,
+                markersize=3,
             )
     finite = [v for points in chart.lines.values() for v in points.values() if math.isfinite(v)]
     if finite and min(finite) > 0 and max(finite) / min(finite) > 100:
@@ -57,22 +73,19 @@ def _lines(axes: Axes, chart: Chart) -> None:
 
 
 def _stack(axes: Axes, chart: Chart) -> None:
-    steps = list(next(iter(chart.lines.values())))
-    values = [list(points.values()) for points in chart.lines.values()]
-    axes.stackplot(
-        steps,
-        values,
-        labels=list(chart.lines),
-        colors=_repeated(len(values)),
-        alpha=0.75,
-        step="mid",
-    )
+    starts = list(next(iter(chart.lines.values())))
+    width = starts[1] - starts[0] if len(starts) > 1 else 1
+    edges = [start - 0.5 for start in [*starts, starts[-1] + width]]
+    heights = [[*points.values(), list(points.values())[-1]] for points in chart.lines.values()]
+    colours = _repeated(len(heights))
+    axes.stackplot(edges, heights, colors=colours, alpha=0.8, step="post", linewidth=0)
     axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
 
 
 def _dress(axes: Axes, chart: Chart) -> None:
-    """Axes, grid and legend in the colours of the page."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    """Axes and grid in the colours of the page."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
     axes.patch.set_alpha(0)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -82,17 +95,14 @@ def _dress(axes: Axes, chart: Chart) -> None:
     axes.tick_params(colors=_INK, length=0)
     axes.tick_params(which="minor", left=False, labelleft=False)
     axes.set_xlabel("step", color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     if chart.unit:
         axes.set_ylabel(chart.unit, color=_INK)
     if chart.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.yaxis.get_offset_text().set_color(_INK)
-    if len(chart.lines) > 1:
-        columns = min(len(chart.lines), 4)
-        axes.legend(
-            frameon=False, labelcolor=_INK, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1)
-        )
+    if axes.get_ylim()[1] >= 10_000:
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _repeated(count: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ class Answer:
     answer: str
     expected: str = ""
     is_correct: bool | None = None
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell is a number, to be put to the right."""
+    return bool(re.fullmatch(r"[-+]?[\d.,]+%?", text))
 
 
 def ownership_table(owners: Iterable[Mapping[str, Any]]) -> Table:

@@ -12,13 +12,13 @@ from typing import Any
 
 from nemo_like.errors import ConfigError, NemoLikeError
 from nemo_like.observability.curves import headlines, main_charts, other_charts, read_series
+from nemo_like.observability.records import is_number
 from nemo_like.observability.run_folder import RunFolder, read_lines
 
 
 def write_report(folder: RunFolder) -> Path:
     """The path of `report.html`, made new from the files of the folder."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
 
     from nemo_like.observability.plots import draw
 
@@ -31,11 +31,12 @@ def write_report(folder: RunFolder) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["number_text"] = is_number
     page = environment.get_template("report.html.jinja").render(
         name=folder.path.resolve().name,
         headlines=headlines(series),
-        charts=[(c.title, Markup(draw(c))) for c in main_charts(series)],
-        other_charts=[(c.title, Markup(draw(c))) for c in other_charts(series)],
+        charts=[draw(chart) for chart in main_charts(series)],
+        other_charts=[draw(chart) for chart in other_charts(series)],
         answers=_answers_by_step(folder),
         tables=_json_of(folder.tables, []),
         facts=_json_of(folder.facts, {}),
