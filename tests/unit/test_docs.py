@@ -6,7 +6,9 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -18,6 +20,7 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.n
 
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 NAMED_FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|md|jsonl|toml))`")
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FOLDERS = (ROOT, ROOT / "nemo_like")
 
 
@@ -31,6 +34,15 @@ def test_every_local_link_leads_somewhere(document):
 def test_every_file_that_is_named_exists(document):
     named = NAMED_FILE.findall(document.read_text())
     assert [n for n in named if not any((folder / n).exists() for folder in FOLDERS)] == []
+
+
+@each_document
+def test_the_python_on_the_page_runs(document, monkeypatch):
+    page = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", page)  # a dataclass looks its module up
+    for number, block in enumerate(PYTHON.findall(document.read_text()), start=1):
+        code = compile(block, f"{document.name}, block {number}", "exec", dont_inherit=True)
+        exec(code, vars(page))
 
 
 def test_the_import_table_of_the_documentation_is_the_one_that_is_held():
