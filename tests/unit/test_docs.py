@@ -55,7 +55,7 @@ def test_the_import_table_of_the_documentation_is_the_one_that_is_held():
         written |= dict.fromkeys(re.findall(r"\w+", parts), names)
     may_import = held["MAY_IMPORT"]
     assert written == {part: may_import[part] for part in may_import if part in written}
-    assert set(may_import) - set(written) == {"", "assets", "__main__"}
+    assert set(may_import) - set(written) == {"", "__main__"}
 
 
 @pytest.mark.skipif(

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors"},  # not `types`, which imports torch
     "interfaces": FOUNDATION,
     **dict.fromkeys(VERBS - {"interfaces"}, FOUNDATION | {"interfaces"}),
-    **dict.fromkeys(PARTS, FOUNDATION | VERBS),
+    **dict.fromkeys(PARTS, FOUNDATION | VERBS | {"assets"}),
     "algorithms": FOUNDATION | VERBS | PARTS,
     "backends": FOUNDATION | VERBS | PARTS,
     # Place knows its sizes (config) and how the metrics of many ranks become one (observability).
