@@ -94,8 +94,8 @@ class RunConsole:
         """A table, with numbers to the right."""
         rich_table = RichTable(title=_text(table.title), box=box.SIMPLE_HEAD, title_justify="left")
         for index, column in enumerate(table.columns):
-            is_number = all(is_number(row[index]) for row in table.rows)
-            rich_table.add_column(_text(column), justify="right" if is_number else "left")
+            to_the_right = all(is_number(row[index]) for row in table.rows)
+            rich_table.add_column(_text(column), justify="right" if to_the_right else "left")
         for row in table.rows:
             rich_table.add_row(*map(_text, row))
         self._console.print(rich_table)
