@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Generic, Literal, NoReturn
 
 from nemo_like.config import compat, compose
-from nemo_like.config.draft import Draft, Origin, Problem, find, split
+from nemo_like.config.draft import Draft, Origin, Problem
 from nemo_like.config.help import help_text
 from nemo_like.config.report import nearest_choice, report
 from nemo_like.config.schema import defaults, known_paths
@@ -99,7 +99,7 @@ def _trees(
         draft = compose.apply(files[overrides.groups], overrides.values, schema)
         compat.translate(draft)
         if len(combinations) > 1:
-            _own_checkpoints(draft, index, overrides, schema)
+            _own_checkpoints(draft, index, overrides.swept)
         draft.problems[:0] = problems
         node, found = validate(draft, tree, schema.known)
         if node is None:
@@ -116,17 +116,13 @@ def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> compo
         raise ConfigError(report([*problems, Problem(str(error))])) from error
 
 
-def _own_checkpoints(
-    draft: Draft, index: int, overrides: compose.Overrides, schema: compose.Schema
-) -> None:
+def _own_checkpoints(draft: Draft, index: int, swept: Sequence[str]) -> None:
     """Runs of a sweep must not resume from each other."""
     key = "checkpointing.checkpoint_dir"
-    if any(text.startswith(key) for text in overrides.swept):
+    if any(text.startswith(key) for text in swept):
         return
-    found, folder = draft.find(key)
-    if not found:
-        folder = find(schema.defaults, split(key))[1]
-    pairs = (text.partition("=") for text in overrides.swept)
+    folder = draft.seen(key)[1]
+    pairs = (text.partition("=") for text in swept)
     name = ",".join(f"{key_path.rpartition('.')[2]}={value}" for key_path, _, value in pairs)
     name = re.sub(r"[^\w.=,+-]+", "_", name)
     last = max((o.layer for o in draft.origins.values()), default=0) + 1

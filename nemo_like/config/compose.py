@@ -133,7 +133,7 @@ def read_files(path: Path, groups: Sequence[str]) -> Files:
     try:
         return _read_files(path, groups)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
-        raise ConfigError(f"{_shown(path)} can not be read: {_first_line(error)}") from error
+        raise ConfigError(f"{_shown(path)} can not be read: {_reason(error)}") from error
 
 
 def _read_files(path: Path, groups: Sequence[str]) -> Files:
@@ -154,6 +154,17 @@ def _read_files(path: Path, groups: Sequence[str]) -> Files:
         if found and not name.startswith("hydra/"):
             _remember_lines(files, found[0], split(part.package) if part.package else ())
     return files
+
+
+def _reason(error: Exception) -> str:
+    """What Hydra or YAML say, without the search path; and the cure for NeMo-RL's `defaults`."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} (line {error.problem_mark.line + 1})"
+    lines = str(error).partition("Config search path")[0].splitlines()
+    text = " ".join(line.strip() for line in lines if line.strip())
+    if "defaults must be a list" in text:
+        text += "; files are named from configs/, without ending: defaults: [sft, _self_]"
+    return text
 
 
 def _as_hydra_wants(text: str, chosen: DictConfig) -> str:
@@ -187,7 +198,10 @@ def _lines(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
 def apply(files: Files, overrides: Sequence[Override], schema: Schema) -> Draft:
     """The files with the overrides on top, interpolations resolved."""
     values = files.values.copy()
-    draft = Draft({}, dict(files.origins))
+    draft = Draft({}, schema.defaults, dict(files.origins))
+    if hydra := [path for path in files.origins if path[0] == "hydra"]:
+        reason = "Hydra reads files here and nothing else: its own settings have no effect"
+        draft.problems.append(Problem(reason, ("hydra",), files.origins[hydra[0]]))
     for layer, override in enumerate(overrides, start=files.layers):
         origin, key = _line(layer, _text(override)), override.key_or_group
         if override.is_delete():
@@ -205,8 +219,10 @@ def apply(files: Files, overrides: Sequence[Override], schema: Schema) -> Draft:
 
 
 def _set(values: DictConfig, override: Override) -> str | None:
+    key, value = override.key_or_group, override.value()
     try:
-        OmegaConf.update(values, override.key_or_group, override.value(), merge=True)
+        merge = isinstance(value, dict) and isinstance(OmegaConf.select(values, key), DictConfig)
+        OmegaConf.update(values, key, value, merge=merge)
     except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
         return f"can not be set: {_first_line(error)}"
     return None

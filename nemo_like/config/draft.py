@@ -34,6 +34,7 @@ class Draft:
     """Values as nested dicts, and the origin of every key that someone wrote."""
 
     values: dict[str, Any]
+    defaults: dict[str, Any]
     origins: dict[Path, Origin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -41,6 +42,13 @@ class Draft:
     def find(self, path: str) -> tuple[bool, Any]:
         """Whether somebody wrote this key, and its value."""
         return find(self.values, split(path))
+
+    def seen(self, path: str) -> tuple[bool, Any, Origin]:
+        """Whether a key has a value, written or by default; the value; where it comes from."""
+        found, value = self.find(path)
+        if found:
+            return True, value, self.origin(path)
+        return (*find(self.defaults, split(path)), DEFAULT)
 
     def take(self, path: str) -> Any:
         """The value of a key that is there; afterwards it is not."""

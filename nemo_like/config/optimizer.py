@@ -73,7 +73,7 @@ class OptimizerConfig(Node):
     muon_ns_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     """Overrides `muon_fp32_matmul_prec`."""
     muon_tp_mode: Literal["duplicated", "distributed", "blockwise"] = "duplicated"
-    """Under tensor parallelism: the first two are exact; `blockwise` takes each shard by itself."""
+    """Under tensor parallelism; both are exact (`blockwise`, which is not, is refused)."""
     muon_split_qkv: bool = True
     """Orthogonalise q, k and v of a packed matrix separately."""
     muon_include: tuple[str, ...] = ()
@@ -153,7 +153,8 @@ class SchedulerConfig(Node):
             yield Conflict(
                 ("lr_warmup_iters", "lr_decay_iters"), "the warm-up must end before the decay does"
             )
-        if end is not None and self.lr_warmup_iters + (self.lr_wsd_decay_iters or 0) > end:
+        last = self.lr_wsd_decay_iters if wsd else None
+        if end is not None and last is not None and self.lr_warmup_iters + last > end:
             yield Conflict(
                 ("lr_warmup_iters", "lr_wsd_decay_iters", "lr_decay_iters"),
                 "warm-up and last part together are longer than the schedule",

@@ -244,6 +244,12 @@ class PolicyConfig(Node):
                 for found in active.conflicts():
                     keys = tuple(self.key_of(block, key) for key in found.keys)
                     yield Conflict(keys, found.message)
+        if optimizer.is_muon and optimizer.muon_tp_mode == "blockwise":
+            yield Conflict(
+                (self.key_of("optimizer", "muon_tp_mode"),),
+                "orthogonalising the part that one rank holds makes the update depend on the "
+                "layout; duplicated and distributed are exact",
+            )
         lr = self.key_of("optimizer", "lr")
         if scheduler.lr_decay_style != "constant" and optimizer.min_lr > optimizer.lr:
             yield Conflict(

@@ -33,8 +33,8 @@ def _paragraph(problem: Problem, draft: Draft | None) -> str:
 def _key_line(key: str, problem: Problem, draft: Draft | None) -> str:
     if draft is None:
         return f"  {key}"
-    found, value = draft.find(key)
-    origin = problem.origin or draft.origin(key)
+    found, value, origin = draft.seen(key)
+    origin = problem.origin or origin
     shown = f"{key} = {show(value)}" if found else key
     return f"  {shown:<50}  [{origin.text}]"
 
@@ -61,16 +61,19 @@ def nearest_keys(path: str, known: dict[str, Key]) -> list[str]:
         return [MOVED[plain]] if MOVED[plain] in known else []
     scores = {key: _likeness(plain, key) for key in known}
     best = max(scores.values())
-    return [key for key, score in scores.items() if score > max(0.72, best - 0.001)][:2]
+    return [key for key, score in scores.items() if score > max(0.5, best - 0.001)][:2]
 
 
 def _likeness(path: str, key: str) -> float:
     (place, _, name), (known_place, _, known_name) = path.rpartition("."), key.rpartition(".")
     by_name = SequenceMatcher(None, name, known_name).ratio()
-    if by_name < 0.5:
+    if len(name) > 2 and name in known_name:
+        by_name = max(by_name, 0.75)
+    if by_name < 0.6:
         return 0.0
     same_place = SequenceMatcher(None, place, known_place).ratio() if place or known_place else 1.0
-    return 0.65 * by_name + 0.35 * same_place
+    exact = 0.1 if name == known_name else 0.0
+    return 0.65 * by_name + 0.35 * same_place + exact - 0.06 * key.count(".")
 
 
 def wrong_value(value: Any, key: Key) -> str:
