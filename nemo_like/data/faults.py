@@ -34,7 +34,7 @@ def _row_error(rule: str, field: str, found: str) -> RowError:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A `RowError` with its place: lines of a .jsonl file, else rows, from 1; 0 is all of a file."""
+    """A `RowError` with its place: line or row number from 1; 0 is the whole file."""
 
     file: str
     row: int

@@ -1,0 +1,113 @@
+"""The tokenizer of a run: found, loaded, and given its chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_like.assets import bundled
+from nemo_like.config.policy import TokenizerConfig
+from nemo_like.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_FILES = [
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "config.json",
+    "vocab*",
+    "merges.txt",
+]
+
+
+def load_tokenizer(config: TokenizerConfig, model_name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that the config names, with the chat template that it names.
+
+    Looked for as a local path, bundled here, in the Hugging Face cache, and on the hub, in this
+    order. Without a template (`chat_template=None`) conversations are plainly concatenated.
+
+    Raises:
+        ConfigError: if there is none, or no template, naming the cure.
+    """
+    name = config.name or model_name
+    folder = _find(name)
+    tokenizer = _load(folder, name)
+    tokenizer.chat_template = _template(config.chat_template, tokenizer, name)
+    return tokenizer
+
+
+def _find(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if (folder := bundled(name)) and (folder / "tokenizer.json").is_file():
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"policy.tokenizer.name={name}: no such folder (looked in {Path.cwd()})")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=True))
+        except LocalEntryNotFoundError:
+            folder = None
+        # A cache may hold a model's weights without its tokenizer.
+        if folder is None or not (folder / "tokenizer.json").is_file():
+            folder = Path(snapshot_download(name, allow_patterns=_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as exc:
+        raise ConfigError(
+            f"tokenizer {name} is not a local folder, not bundled, not in the Hugging Face cache, "
+            f"and can not be had from the hub ({type(exc).__name__}). Correct policy.model_name or "
+            f"policy.tokenizer.name; or run `hf download {name}` where there is a network, and set "
+            "policy.tokenizer.name to that folder (gated models need `hf auth login`)"
+        ) from exc
+    return folder
+
+
+def _load(folder: Path, name: str) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # AutoTokenizer converts other formats, but costs many seconds of imports.
+    has_fast = (folder / "tokenizer.json").is_file()
+    loader = PreTrainedTokenizerFast if has_fast else AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(str(folder))
+    except Exception as exc:  # damaged files fail in the tokenizers library with bare Exceptions
+        raise ConfigError(
+            f"policy.tokenizer.name: {name} has no tokenizer that can be loaded from {folder}: "
+            f"{str(exc).splitlines()[0] if str(exc) else type(exc).__name__}"
+        ) from exc
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(
+            f"policy.tokenizer.name: {name} has no tokenizer.json, nor one that can be made from "
+            "its files; character positions, which loss masks are made from, need it"
+        )
+    return tokenizer
+
+
+def _template(setting: str | None, tokenizer: PreTrainedTokenizerFast, name: str) -> str | None:
+    if setting is None:
+        return None
+    if setting == "default":
+        own = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own
+        if own is None:
+            raise ConfigError(
+                f"tokenizer {name} has no chat template: set policy.tokenizer.chat_template to a "
+                ".jinja file, to a template, or to null (plain concatenation)"
+            )
+        return str(own)
+    if setting.endswith(".jinja"):
+        try:
+            setting = Path(setting).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"policy.tokenizer.chat_template={setting}: {exc}") from exc
+    elif "{%" not in setting and "{{" not in setting:
+        raise ConfigError(
+            f"policy.tokenizer.chat_template={setting!r}: expected `default`, null, a .jinja file, "
+            "or a template"
+        )
+    return setting
