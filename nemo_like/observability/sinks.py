@@ -166,7 +166,9 @@ class MlflowSink:
     ) -> str:
         experiment = self._client.get_experiment_by_name(config.experiment_name)
         experiment_id = (
-            self._client.create_experiment(config.experiment_name)
+            self._client.create_experiment(
+                config.experiment_name, artifact_location=_artifact_location(config, folder)
+            )
             if experiment is None
             else experiment.experiment_id
         )
@@ -185,6 +187,11 @@ def _tracking_uri(config: MlflowConfig, folder: Path) -> str:
     database = (folder / "mlflow").resolve()
     database.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{database}/mlflow.db"  # MLflow gave up plain folders
+
+
+def _artifact_location(config: MlflowConfig, folder: Path) -> str | None:
+    """A server knows where its files go; without one, MLflow would put them where we happen to be."""
+    return None if config.tracking_uri else (folder / "mlflow" / "files").resolve().as_uri()
 
 
 def _kept_id(path: Path, make: Callable[[], str]) -> str:

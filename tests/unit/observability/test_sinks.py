@@ -118,3 +118,4 @@ def test_mlflow_continues_the_same_run_after_a_resume(tmp_path):
     history = client.get_metric_history(run_id, "train/loss")
     assert sorted((m.step, m.value) for m in history) == [(1, 9.0), (2, 8.0), (3, 7.0)]
     assert client.get_run(run_id).info.status == "FINISHED"
+    assert (folder.path / "mlflow" / "files").is_dir()
