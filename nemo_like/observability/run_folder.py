@@ -12,6 +12,7 @@ tensorboard/ wandb/ mlflow/    where these are switched on
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -117,7 +118,9 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Add one JSON object as one line, in one write: a kill leaves at most the last line torn."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, _json(record) + b"\n")
+        line = _json(record) + b"\n"
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, "no space for a whole line", str(path))
     finally:
         os.close(descriptor)
 

@@ -190,7 +190,7 @@ def _tracking_uri(config: MlflowConfig, folder: Path) -> str:
 
 
 def _artifact_location(config: MlflowConfig, folder: Path) -> str | None:
-    """A server knows where its files go; without one, MLflow would put them where we happen to be."""
+    """Where files go; a server knows, but a bare database would take the current folder."""
     return None if config.tracking_uri else (folder / "mlflow" / "files").resolve().as_uri()
 
 
