@@ -21,7 +21,7 @@ EVERYTHING = FOUNDATION | VERBS | PARTS | DOOR | {"algorithms", "backends", "clu
 
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),  # nemo_like/__init__.py
-    "assets": set(),
+    "assets": {"errors"},
     "errors": set(),
     "types": {"errors"},
     "config": {"errors"},  # not `types`, which imports torch
@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(VERBS - {"interfaces"}, FOUNDATION | {"interfaces"}),
     **dict.fromkeys(PARTS, FOUNDATION | VERBS | {"assets"}),
     "algorithms": FOUNDATION | VERBS | PARTS,
-    "backends": FOUNDATION | VERBS | PARTS,
+    "backends": FOUNDATION | VERBS | PARTS | {"assets"},
     # Place knows its sizes (config) and how the metrics of many ranks become one (observability).
     "cluster": FOUNDATION | {"interfaces", "observability", "weight_sync", "data"},
     **dict.fromkeys(DOOR, EVERYTHING),
@@ -189,7 +189,7 @@ def test_every_heavy_dependency_has_one_home():
 
 
 def test_no_imports_go_in_a_circle():
-    assert circle(all_imports(), set(sources())) == []
+    assert " -> ".join(circle(all_imports(), set(sources()))) == ""
 
 
 def test_every_part_of_the_package_has_a_row_in_the_table():
