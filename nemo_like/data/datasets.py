@@ -212,7 +212,8 @@ def load_data(
         if share:
             sides.append((f"data.validation (held out of {key})", source, held_out))
     warning = report.check(drop=config.bad_rows == "drop", max_share=config.max_bad_rows)
-    train, validation = [], []
+    train: list[Source] = []
+    validation: list[Source] = []
     for key, source, side in sides:
         is_train = key.startswith("data.train")
         (train if is_train else validation).append(_source(key, source, side, config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -33,12 +33,11 @@ def read_rows(source: DatasetConfig, *, seed: int) -> Iterator[RawRow]:
         ConfigError: if there is no such source.
     """
     if source.data_path is not None:
-        rows = (row for file in _files(Path(source.data_path)) for row in _file_rows(file))
-    elif source.dataset_name == "arithmetic":
+        files = _files(Path(source.data_path))
+        return islice(chain.from_iterable(map(_file_rows, files)), source.num_rows)
+    if source.dataset_name == "arithmetic":
         return _arithmetic_rows(source, seed)
-    else:
-        rows = _hub_rows(source)
-    return islice(rows, source.num_rows)
+    return islice(_hub_rows(source), source.num_rows)
 
 
 def _arithmetic_rows(source: DatasetConfig, seed: int) -> Iterator[RawRow]:
@@ -162,9 +161,9 @@ def _hub_rows(source: DatasetConfig) -> Iterator[RawRow]:
             table = datasets.load_dataset(name, source.subset, split=source.split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as exc:
         raise ConfigError(
-            f"dataset_name={name} (subset={source.subset}, split={source.split}) can not be loaded: "
-            f"{type(exc).__name__}: {shorten(str(exc))}. Without a network, use data_path for local "
-            "files, or a folder that `datasets` has saved"
+            f"dataset_name={name} (subset={source.subset}, split={source.split}) can not be "
+            f"loaded: {type(exc).__name__}: {shorten(str(exc))}. Without a network, use data_path "
+            "for local files, or a folder that `datasets` has saved"
         ) from exc
     for number, value in enumerate(table, start=1):
         yield RawRow(name, number, value)
