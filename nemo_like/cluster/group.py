@@ -19,6 +19,10 @@ POLL_S = 0.5
 """How often a wait comes back to look at the clock (and lets Python handle signals)."""
 GRACE_S = 1.0
 """How long others may still answer after the first failure: a cause may follow its symptom."""
+START_S = 1800.0
+"""How long a start may take at least: a first start downloads and loads a model."""
+RESERVE_S = 60.0
+"""How long to wait for CPUs and GPUs that the cluster has, but that something else uses."""
 CLOSE_S = 10.0
 """How long objects may take to close before their processes are ended."""
 CHUNK_BYTES = 256 << 20
@@ -179,12 +183,14 @@ class WorkerGroup:
         placement = self._config.placement
         strategy = "STRICT_SPREAD" if placement.num_nodes > 1 else "STRICT_PACK"
         self._reservation = ray.util.placement_group(placement.bundles, strategy=strategy)
-        if not self._reservation.wait(self._config.timeout_s):
+        if not self._reservation.wait(RESERVE_S):
             raise WorkerError(
-                f"the {self._config.name} workers waited {self._config.timeout_s:g} s "
-                f"(cluster.worker_timeout_s) for {placement.bundles}: the Ray cluster has them, "
-                "but they are in use"
+                f"the {self._config.name} workers waited {RESERVE_S:g} s for {placement.bundles}: "
+                "the Ray cluster has that, but it is in use"
             )
+
+    def _start_limit(self) -> float:
+        return max(START_S, self._config.timeout_s)
 
     def _meeting_env(self, place: RankPlace, address: str, port: int) -> dict[str, str]:
         placement = self._config.placement
@@ -208,11 +214,10 @@ class WorkerGroup:
         pending = {ref: rank for rank, ref in enumerate(refs)}
         values: list[Any] = [None] * len(refs)
         failures: list[Failure] = []
-        deadline = time.monotonic() + self._config.timeout_s
+        limit = self._start_limit() if phase == "start" else self._config.timeout_s
+        deadline = time.monotonic() + limit
         while pending and time.monotonic() < deadline:
-            done, _ = self._cluster.ray.wait(
-                list(pending), num_returns=1, timeout=min(POLL_S, self._config.timeout_s)
-            )
+            done, _ = self._cluster.ray.wait(list(pending), num_returns=1, timeout=POLL_S)
             for ref in done:
                 rank = pending.pop(ref)
                 values[rank] = self._outcome(ref, rank, phase)
@@ -223,7 +228,7 @@ class WorkerGroup:
             error = to_error(failures)
         elif pending:
             silent = [self._identities[rank] for rank in pending.values()]
-            error = hang_error(silent, phase, self._config.timeout_s)
+            error = hang_error(silent, phase, limit)
         else:
             return values
         unusable = pending or any(f.died for f in failures) or phase == "start"

@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,8 @@ from nemo_like.errors import ConfigError, WorkerError
 
 OBJECT_STORE_BYTES = 1 << 30
 """Of a cluster that we start: batches and bounded chunks of weights pass through, nothing stays."""
+UNRATIONED_CPUS = 1024
+"""Of a cluster that we start: how many workers share the cores is the user's choice, not Ray's."""
 
 
 def import_ray() -> ModuleType:
@@ -44,13 +47,13 @@ class RayCluster:
         self._config = config
         self._folder: str | None = None
         self._ray: Future[ModuleType] | None = None
+        self._closed = threading.Event()
 
     def start(self) -> None:
         """Begins to connect, or to start a cluster on this machine; a second call does nothing."""
         if self._ray is None:
-            executor = ThreadPoolExecutor(1, thread_name_prefix="ray-start")
-            self._ray = executor.submit(self._connect)
-            executor.shutdown(wait=False)
+            self._ray = Future()
+            threading.Thread(target=self._live, args=(self._ray,), daemon=True).start()
             atexit.register(self.close)
 
     @property
@@ -91,19 +94,27 @@ class RayCluster:
         started, self._ray = self._ray, None
         if started.exception() is None:
             started.result().shutdown()
+        self._closed.set()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _live(self, connected: Future[ModuleType]) -> None:
+        try:
+            connected.set_result(self._connect())
+        except BaseException as exc:  # raised again where the result is asked for
+            connected.set_exception(exc)
+        # Ray's processes ask the kernel to end them with the *thread* that started them.
+        self._closed.wait()
 
     def _connect(self) -> ModuleType:
         ray = import_ray()
         address = self._config.address
         try:
-            # Ray's own notices (such as the path of its token file) are for people who run Ray by
-            # hand.
+            # What Ray says of itself (its token file, a worker's death) is said better elsewhere.
             ray.init(
                 address=address or "local",
                 log_to_driver=False,
-                logging_level=logging.ERROR,
+                logging_level=logging.CRITICAL,
                 **({} if address else self._local_settings()),
             )
         except ConnectionError as exc:
@@ -122,14 +133,11 @@ class RayCluster:
         # Ray's sockets lie in here, and a socket's path has at most 107 characters: hence not
         # TMPDIR.
         self._folder = tempfile.mkdtemp(prefix="nl", dir="/tmp")
-        config, cores = self._config, os.cpu_count() or 1
+        config = self._config
         gpus = count_local_gpus() if config.gpus_per_node == "auto" else config.gpus_per_node
-        # Cores may be shared by more workers than there are: that is slow, but right, and tests
-        # live by it.
-        wanted = (gpus or config.cpu_workers_per_node) * config.cpu_threads_per_worker
         return {
             "include_dashboard": False,
-            "num_cpus": max(cores, wanted),
+            "num_cpus": UNRATIONED_CPUS,
             "num_gpus": gpus,
             "object_store_memory": None if gpus else OBJECT_STORE_BYTES,
             "_temp_dir": self._folder,

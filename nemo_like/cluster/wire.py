@@ -29,7 +29,9 @@ class WireTensor:
 
     def tensor(self) -> Tensor:
         """A tensor with memory of its own: to write to the object store's would crash."""
-        return torch.from_numpy(self.raw.copy()).view(self.dtype).reshape(self.shape)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor.reshape(-1).view(torch.uint8).numpy()[:] = self.raw
+        return tensor
 
 
 Chunk = list[WireTensor]

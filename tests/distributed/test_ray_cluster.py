@@ -1,0 +1,339 @@
+"""Workers under real Ray: one Ray for the module, objects that import no more than they need."""
+
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_like.cluster.generator import RemoteGenerator
+from nemo_like.cluster.group import GroupConfig, WorkerGroup
+from nemo_like.cluster.placement import ParallelAxis, ParallelSizes, place
+from nemo_like.cluster.policy import RemotePolicy
+from nemo_like.cluster.runtime import RayCluster, import_ray
+from nemo_like.config.run import ClusterConfig
+from nemo_like.data.batching import Batching
+from nemo_like.errors import ConfigError, DataError, NonFiniteError, WorkerError
+from nemo_like.types import Example, Metric, Prompt, Rollout, SamplingParams, StepStats, TrainBatch
+
+CONFIG = ClusterConfig(gpus_per_node=0, cpu_workers_per_node=2)
+ONE = ParallelAxis(1, "")
+
+
+class Echo:
+    """An object whose calls do what a test needs."""
+
+    def __init__(self):
+        self.rank = int(os.environ["RANK"])
+        sys.stdout.write(f"rank {self.rank} was made\n")
+
+    def add(self, a, b=0):
+        return self.rank, a + b
+
+    def environment(self, *names):
+        return {name: os.environ.get(name) for name in names}
+
+    def environment_at_birth(self, name):
+        with open("/proc/self/environ") as file:
+            return dict(line.split("=", 1) for line in file.read().split("\0") if line).get(name)
+
+    def heavy_modules(self):
+        return sorted({"torch", "transformers"} & set(sys.modules))
+
+    def pid(self):
+        return os.getpid()
+
+    def refuse(self):
+        raise NonFiniteError(f"loss is nan on rank {self.rank}")
+
+    def fail_on(self, rank):
+        if self.rank == rank:
+            raise KeyError("lost")
+        time.sleep(60)
+
+    def kill_on(self, rank):
+        if self.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    def hang(self):
+        if self.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        self.sleep_for_ever()
+
+    def sleep_for_ever(self):
+        time.sleep(60)
+
+    def close(self):
+        sys.stdout.write("closed\n")
+
+
+class SumBackend:
+    """A `PolicyBackend` whose numbers tell where its shard came from."""
+
+    def __init__(self):
+        self.rank = int(os.environ["RANK"])
+        self.saved = []
+
+    def logprobs(self, shard):
+        return shard.batch.token_ids_N.float() * 0.5
+
+    def train_step(self, shard, loss):
+        metrics = {
+            "loss": Metric(loss * float(shard.batch.token_ids_N.sum()), "sum"),
+            "rows": Metric(len(shard.batch), "mean"),
+            "lr": Metric(0.25),
+        }
+        return StepStats(metrics, {"forward_backward": 0.0})
+
+    def export_weights(self):
+        for i in range(5):
+            yield f"w{i}", torch.full((4,), float(i), dtype=torch.bfloat16)
+
+    def save(self, folder, *, with_optimizer):
+        self.saved.append((str(folder), with_optimizer))
+
+    def save_finished(self):
+        return len(self.saved) == 1 or self.rank > 0
+
+    def close(self):
+        pass
+
+
+class ListEngine:
+    """An engine that remembers what it was given."""
+
+    def load_weights(self, tensors, *, version):
+        self.version, self.weights = version, {name: t.tolist() for name, t in tensors}
+        if any(map(math.isnan, self.weights["w0"])):
+            raise DataError("w0 holds a nan")
+
+    def generate(self, prompts, sampling):
+        rank, texts = int(os.environ["RANK"]), str(self.weights)
+        return [
+            Rollout(p, (rank, k), (), texts, "stop", self.version) for k, p in enumerate(prompts)
+        ]
+
+    def close(self):
+        pass
+
+
+@dataclass(frozen=True)
+class Make:
+    cls: type
+
+    def __call__(self):
+        return self.cls()
+
+
+@dataclass(frozen=True)
+class MakeNothing:
+    def __call__(self):
+        raise ConfigError("policy.model_name is not a model")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import_ray().cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    cluster = RayCluster(CONFIG)
+    cluster.start()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def make_group(cluster, tmp_path_factory):
+    groups = []
+    two_ranks = place(CONFIG, ParallelSizes(ONE, ONE, ONE, ONE), gpus_found=0)
+
+    def make(*, factory=None, timeout_s=60.0, name="policy", placement=two_ranks):
+        logs = tmp_path_factory.mktemp("logs")
+        env = {"NEMO_LIKE_TEST": "from the configuration"}
+        config = GroupConfig(name, placement, factory or Make(Echo), logs, timeout_s, env)
+        groups.append(WorkerGroup(cluster, config))
+        groups[-1].start()
+        return groups[-1], logs
+
+    yield make
+    for group in groups:
+        group.close()
+
+
+@pytest.fixture(scope="module")
+def healthy(make_group):
+    started = time.monotonic()
+    group, logs = make_group()
+    assert time.monotonic() - started < 0.5, "a start is waited for at the first call only"
+    return group, logs
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until_gone(pids, seconds):
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(is_running, pids))
+
+
+def test_calls_reach_every_rank_with_the_same_or_with_their_own_arguments(healthy):
+    group, _ = healthy
+    assert group.call_all("add", 2, b=3) == [(0, 5), (1, 5)]
+    assert group.call_each("add", [(1,), (10, 5)]) == [(0, 1), (1, 15)]
+    assert group.call_all("add", group.put(7)) == [(0, 7), (1, 7)]
+
+
+def test_the_environment_is_set_before_the_process_starts_and_ranks_can_meet(healthy):
+    group, _ = healthy
+    assert group.call_all("environment_at_birth", "OMP_NUM_THREADS") == ["1", "1"]
+    assert group.call_all("environment_at_birth", "CUDA_VISIBLE_DEVICES") == ["", ""]
+    assert (
+        group.call_all("environment_at_birth", "NEMO_LIKE_TEST") == ["from the configuration"] * 2
+    )
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    first, second = group.call_all("environment", *names)
+    port = first["MASTER_PORT"]
+    assert [first[n] for n in names] == ["0", "0", "2", "2", "127.0.0.1", port]
+    assert [second[n] for n in names] == ["1", "1", "2", "2", "127.0.0.1", port]
+    assert group.call_all("heavy_modules") == [[], []], "a worker imports what its factory imports"
+
+
+def test_what_workers_print_is_kept_in_files(healthy):
+    group, logs = healthy
+    group.wait_ready()
+    assert "rank 1 was made" in (logs / "policy_rank1.log").read_text()
+
+
+def test_our_errors_arrive_as_themselves_and_leave_the_group_usable_when_all_answered(healthy):
+    group, _ = healthy
+    with pytest.raises(
+        NonFiniteError, match=r"loss is nan on rank .*policy rank \d of 2.*in refuse"
+    ):
+        group.call_all("refuse")
+    assert group.call_all("add", 1) == [(0, 1), (1, 1)]
+
+
+def test_an_exception_on_one_rank_ends_the_call_while_the_other_hangs(make_group):
+    group, _ = make_group()
+    pids = group.call_all("pid")
+    started = time.monotonic()
+    with pytest.raises(
+        WorkerError, match=r"policy rank 1 of 2 .* failed in fail_on: KeyError: 'lost'"
+    ):
+        group.call_all("fail_on", 1)
+    assert time.monotonic() - started < 5
+    assert wait_until_gone(pids, 10)
+    with pytest.raises(WorkerError, match="were ended before: policy rank 1"):
+        group.call_all("pid")
+
+
+def test_a_killed_worker_ends_the_call_within_ten_seconds_and_the_rest_of_the_group(make_group):
+    group, logs = make_group()
+    pids = group.call_all("pid")
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=r"policy rank 1 of 2 .* died in kill_on") as caught:
+        group.call_all("kill_on", 1)
+    assert time.monotonic() - started < 10
+    assert f"pid {pids[1]}" in str(caught.value)
+    assert str(logs / "policy_rank1.log") in str(caught.value)
+    assert wait_until_gone(pids, 10)
+
+
+def test_a_hang_ends_in_time_with_the_silent_ranks_and_their_stacks(make_group):
+    group, logs = make_group(timeout_s=2.0)
+    group.wait_ready()
+    pids = group.call_all("pid")
+    started = time.monotonic()
+    with pytest.raises(
+        WorkerError, match=r"no answer to hang within .*worker_timeout_s=2"
+    ) as caught:
+        group.call_all("hang")
+    assert time.monotonic() - started < 6
+    assert "rank 0 of 2" in str(caught.value) and "rank 1 of 2" in str(caught.value)
+    assert "sleep_for_ever" in str(caught.value), "the stack of the rank that could still write it"
+    assert wait_until_gone(pids, 15), "a stopped process is ended too"
+
+
+def test_an_error_of_a_factory_is_the_error_of_the_start(make_group):
+    group, _ = make_group(factory=MakeNothing())
+    with pytest.raises(ConfigError, match=r"policy\.model_name is not a model.*in start"):
+        group.wait_ready()
+
+
+@pytest.fixture(scope="module")
+def policy(make_group):
+    four = CONFIG.model_copy(update={"cpu_workers_per_node": 4})
+    placement = place(four, ParallelSizes(ParallelAxis(2, ""), ONE, ONE, ONE), gpus_found=0)
+    group, _ = make_group(factory=Make(SumBackend), placement=placement)
+    plain = Batching("plain", micro_batch_size=2)
+    return RemotePolicy(group, placement, train=plain, logprob=plain)
+
+
+def a_batch():
+    rows = [(1, 2, 3), (4,), (5, 6), (7, 8, 9, 10), (11, 12)]
+    return TrainBatch.of([Example(ids, (False,) + (True,) * (len(ids) - 1)) for ids in rows])
+
+
+def test_a_remote_policy_gives_back_the_tokens_in_the_order_of_the_batch(policy):
+    logprobs_N = policy.logprobs(a_batch())
+    assert torch.equal(logprobs_N, a_batch().token_ids_N * 0.5)
+
+
+def test_metrics_of_a_step_count_each_data_parallel_rank_once(policy):
+    stats = policy.train_step(a_batch(), 2.0)
+    assert stats.metrics["loss"].value == 2.0 * a_batch().token_ids_N.sum()
+    assert stats.metrics["rows"].value == 5 / 2
+    assert stats.metrics["lr"].value == 0.25
+    assert set(stats.phases) == {"forward_backward", "dispatch"} and stats.phases["dispatch"] > 0
+
+
+def test_a_save_is_finished_when_it_is_on_every_rank(policy):
+    policy.save(Path("step_1"), with_optimizer=False)
+    assert policy.save_finished()
+    policy.save(Path("step_2"))
+    assert not policy.save_finished(), "rank 0 is not done"
+
+
+def test_weights_are_exported_whole_in_order_and_in_bounded_chunks(policy):
+    exported = list(policy.export_weights())
+    assert [(name, float(t[0])) for name, t in exported] == [(f"w{i}", float(i)) for i in range(5)]
+    assert all(t.dtype == torch.bfloat16 for _, t in exported)
+    assert len(list(policy._group.stream("export_weights", chunk_bytes=16))) == 3
+
+
+class LocalWeights:
+    """The part of a one-process policy that a generator sees."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def export_weights(self):
+        yield "w0", torch.full((2,), self.value)
+
+
+def test_a_generator_holds_the_weights_of_its_last_sync_and_keeps_the_order(policy, make_group):
+    group, _ = make_group(factory=Make(ListEngine), name="generator")
+    generator = RemoteGenerator(group, num_engines=2)
+    generator.sync(policy)
+    prompts = [Prompt(index, (1,), "", "") for index in (7, 7, 3, 3, 9)]
+    rollouts = generator.generate(prompts, SamplingParams(4))
+    assert [r.prompt.index for r in rollouts] == [7, 7, 3, 3, 9]
+    assert [r.token_ids for r in rollouts] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2)]
+    assert rollouts[0].text == str({f"w{i}": [float(i)] * 4 for i in range(5)})
+    assert {r.weights_version for r in rollouts} == {1}
+    generator.sync(LocalWeights(8.0))
+    (rollout,) = generator.generate(prompts[:1], SamplingParams(4))
+    assert (rollout.text, rollout.weights_version) == (str({"w0": [8.0, 8.0]}), 2)
+    with pytest.raises(DataError, match="w0 holds a nan.*generator rank"):
+        generator.sync(LocalWeights(math.nan))
