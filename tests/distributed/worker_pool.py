@@ -1,0 +1,128 @@
+"""Worker processes that are started once and then run one test function after the other."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import cache
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT_S = 120.0
+_HERE = Path(__file__).parent
+
+
+class WorkerPool:
+    """Ranks 0 to `world_size - 1` of one gloo process group.
+
+    `run(function, *args)` calls a top-level function of a test file on every rank, and returns what
+    each of them returned, in order of rank. When a rank raises or the time is up, all of them are
+    killed (the others may hang in a collective), the traceback is raised here, and the next `run`
+    starts fresh ones.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._workers: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+        if not self._workers:
+            self._start()
+        call = pickle.dumps((inspect.getfile(function), function.__name__, args))
+        for pipe in self._pipes:
+            pipe.send_bytes(call)
+        return self._collect(function.__name__, timeout_s)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._workers, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = Path(tempfile.mkdtemp()) / "rendezvous"
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            worker = context.Process(
+                target=_serve, args=(rank, self.world_size, str(store), there), daemon=True
+            )
+            worker.start()
+            there.close()
+            self._workers.append(worker)
+            self._pipes.append(here)
+        self._collect("start", START_TIMEOUT_S)
+
+    def _collect(self, what: str, timeout_s: float) -> list[Any]:
+        """The answers of all ranks; kills the pool at the first failure."""
+        deadline = time.monotonic() + timeout_s
+        answers: dict[int, Any] = {}
+        while len(answers) < self.world_size:
+            waiting = [p for rank, p in enumerate(self._pipes) if rank not in answers]
+            ready = wait_for_any(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                missing = [r for r in range(self.world_size) if r not in answers]
+                self.close()
+                raise TimeoutError(f"{what}: ranks {missing} gave no answer within {timeout_s:g} s")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                answers[rank] = self._receive(what, rank)
+        return [answers[rank] for rank in range(self.world_size)]
+
+    def _receive(self, what: str, rank: int) -> Any:
+        try:
+            failed, value = pickle.loads(self._pipes[rank].recv_bytes())
+        except EOFError:
+            failed, value = True, "the process died"
+        if failed:
+            self.close()
+            raise AssertionError(f"{what} failed on rank {rank} of {self.world_size}:\n{value}")
+        return value
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    """The life of a worker: join the group, then answer calls until the pipe closes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    sys.path.insert(0, str(_HERE.parent / "reference"))
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, init_method=f"file://{store}")
+    pipe.send_bytes(pickle.dumps((False, None)))
+    while True:
+        try:
+            file, name, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            # Plain pickling: a connection of its own accord would put tensors into shared memory.
+            answer = pickle.dumps((False, getattr(_module(file), name)(*args)))
+        except BaseException:  # the traceback is the answer, and the pool ends this process
+            answer = pickle.dumps((True, traceback.format_exc()))
+        pipe.send_bytes(answer)
+
+
+@cache
+def _module(file: str) -> Any:
+    """The test file as a module, by its path: pytest's import modes give it various names."""
+    spec = importlib.util.spec_from_file_location(f"worker_{Path(file).stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
