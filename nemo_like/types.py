@@ -185,3 +185,4 @@ class PolicyFacts:
     num_parameters: int
     device: str
     threads: int
+    world_size: int

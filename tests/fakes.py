@@ -17,7 +17,7 @@ class FakePolicy:
         self.logprob = -1.0
 
     def begin(self, total_steps):
-        return PolicyFacts({}, [], 0, "cpu", 1)
+        return PolicyFacts({}, [], 0, "cpu", 1, 1)
 
     def logprobs(self, batch):
         return torch.where(batch.loss_mask_N, self.logprob, 0.0)

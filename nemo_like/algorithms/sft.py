@@ -34,7 +34,8 @@ def train(
 ) -> None:
     """Train until the steps are done, a signal arrives or the time is up; the journal says which."""
     if sft.val_at_start and journal.first_step == 1:
-        journal.record_validation(0, validate(0))
+        with journal.phase("validation"):
+            journal.record_validation(0, validate(0))
     for step in journal.steps():
         with journal.phase("data"):
             batch = TrainBatch.of(examples.take(batch_size))

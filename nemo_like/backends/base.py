@@ -202,6 +202,7 @@ class RankBackend(ABC):
             num_parameters=sum(row.numel for row in self.routing.rows),
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
+            world_size=self._world_size,
         )
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
-from nemo_like.checkpoint.run_folder import Checkpoints
+from nemo_like.checkpoint.checkpoints import Checkpoints
 from nemo_like.config.run import CheckpointingConfig
 from nemo_like.interfaces import MetricSink, Policy
 from nemo_like.observability.metrics import flatten
@@ -71,78 +71,57 @@ def seconds(days_hours_minutes_seconds: str) -> float:
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-class Position(Protocol):
-    """What knows where in the data the run is."""
-
-    def state(self) -> dict[str, Any]:
-        """The position, as JSON."""
-        ...
-
-
-class Display(Protocol):
-    """What shows progress to a person."""
-
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        """A training step was taken."""
-        ...
-
-    def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """A validation was made."""
-        ...
-
-    def checkpoint(self, folder: Path) -> None:
-        """A checkpoint is whole."""
-        ...
-
-
 @dataclass(frozen=True)
 class _Draft:
     """A checkpoint whose state is copied, and perhaps still being written."""
 
     step: int
     metrics: dict[str, float]
-    data: dict[str, Any]
+    position: dict[str, Any]
 
 
 class RunJournal:
-    """The journal of a real run."""
+    """The journal of a real run.
+
+    `position` gives, as JSON, what besides the policy a continued run needs: where in the data it is.
+    `export` writes what else belongs into a checkpoint folder.
+    """
 
     def __init__(
         self,
         *,
         policy: Policy,
-        data: Position,
+        position: Callable[[], dict[str, Any]],
+        export: Callable[[Path], None],
         checkpoints: Checkpoints | None,
         config: CheckpointingConfig,
-        sinks: list[MetricSink],
-        display: Display,
+        sinks: Sequence[MetricSink],
         clock: StepClock,
-        first_step: int,
-        last_step: int,
-        export: Any = None,
+        steps: range,
     ) -> None:
         self._policy = policy
-        self._data = data
+        self._position = position
+        self._export = export
         self._checkpoints = checkpoints
         self._config = config
         self._sinks = sinks
-        self._display = display
         self._clock = clock
-        self._export = export
+        self._steps = steps
         self._stop = StopRequest(must_save_by=config.checkpoint_must_save_by)
-        self._first, self._last = first_step, last_step
         self._train: dict[str, float] = {}
         self._validation: dict[str, float] = {}
         self._tokens = 0
         self._nested: dict[str, Mapping[str, float]] = {}
         self._draft: _Draft | None = None
         self.last_saved: Path | None = None
-        self.summary: dict[str, float] = {}
+        self.last_step_done = steps.start - 1
+        self.latest: dict[str, float] = {}
+        self.first_validation: dict[str, float] = {}
 
     @property
     def first_step(self) -> int:
         """The first step still to do."""
-        return self._first
+        return self._steps.start
 
     @property
     def stopped_by(self) -> str | None:
@@ -150,21 +129,24 @@ class RunJournal:
         return self._stop.reason
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do; after each: metrics, checkpoint, and a look at what asks for an end."""
+        """The steps still to do; after each: checkpoint, metrics, and a look at what asks for an end."""
         with self._stop.listening():
-            for step in range(self._first, self._last + 1):
+            for step in self._steps:
                 yield step
-                ending = self.is_last(step)
-                if ending or step % self._config.save_period == 0:
-                    self._save(step)
-                self._commit(wait=ending or not self._config.is_async)
+                self.last_step_done = step
+                is_last = self.is_last(step)
+                # Before the checkpoint: what continues from it must not miss this step's metrics.
                 self._write(step)
-                if ending:
+                if is_last or step % self._config.save_period == 0:
+                    self._save(step)
+                self._commit(wait=is_last or not self._config.is_async)
+                self._validation = {}
+                if is_last:
                     return
 
     def is_last(self, step: int) -> bool:
         """Whether no step follows, as far as one can know."""
-        return step == self._last or self._stop.reason is not None
+        return step == self._steps.stop - 1 or self._stop.reason is not None
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time spent inside is booked under this name."""
@@ -177,58 +159,53 @@ class RunJournal:
         self._nested = {"train": stats.phases}
 
     def record_validation(self, step: int, metrics: Metrics) -> None:
-        """Book a validation."""
+        """Book a validation; before the first step it is written at once."""
         self._validation = flatten(metrics)
-        self._display.validation(step, self._validation)
-        if step < self._first:
-            self._log(step, _prefixed("val/", self._validation))
+        self.first_validation = self.first_validation or self._validation
+        if step not in self._steps:
+            self._log(step, _prefixed("validation/", self._validation))
+            self._validation = {}
 
     def close(self) -> None:
-        """Drop a checkpoint that is not whole, and close the sinks; safe to call twice."""
+        """Drop a checkpoint that is not whole; safe to call twice."""
         if self._draft is not None and self._checkpoints is not None:
             self._checkpoints.abort(self._draft.step)
             self._draft = None
-        for sink in self._sinks:
-            sink.close()
 
     def _write(self, step: int) -> None:
         timing = self._clock.finish(step, num_tokens=self._tokens, nested=self._nested)
-        values = _prefixed("train/", self._train) | _prefixed("val/", self._validation) | timing
-        self._display.step(step, values)
-        self._log(step, values)
-        self._validation = {}
+        validation = _prefixed("validation/", self._validation)
+        self._log(step, _prefixed("train/", self._train) | validation | timing)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        self.summary |= values
+        self.latest |= values
         for sink in self._sinks:
             sink.log(step, values)
 
     def _save(self, step: int) -> None:
         if self._checkpoints is None:
             return
-        with self._clock.phase("checkpoint"):
+        with self.phase("checkpoint"):
             self._commit(wait=True)
             folder = self._checkpoints.begin(step)
             ranked = _prefixed("train:", self._train) | _prefixed("val:", self._validation)
-            self._draft = _Draft(step, ranked, self._data.state())
+            self._draft = _Draft(step, ranked, self._position())
             self._policy.save(folder, with_optimizer=self._config.save_optimizer)
-            if self._export is not None:
-                self._export(folder, self._policy)
+            self._export(folder)
 
     def _commit(self, *, wait: bool) -> None:
-        """Make the draft a checkpoint, if its last byte is written (or `wait`)."""
+        """Make the draft a checkpoint once its last byte is written; with `wait`, not before that."""
         if self._draft is None or self._checkpoints is None:
             return
-        with self._clock.phase("checkpoint"):
+        with self.phase("checkpoint"):
             while not self._policy.save_finished():
                 if not wait:
                     return
                 time.sleep(0.05)
             draft, self._draft = self._draft, None
             self.last_saved = self._checkpoints.commit(
-                draft.step, metrics=draft.metrics, data=draft.data
+                draft.step, metrics=draft.metrics, data=draft.position
             )
-        self._display.checkpoint(self.last_saved)
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

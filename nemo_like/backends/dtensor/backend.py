@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from nemo_like.assets import model_folder
 from nemo_like.backends.base import RankBackend, StepSettings
 from nemo_like.backends.dtensor import model as models
 from nemo_like.backends.dtensor.parallelize import build_mesh, shard_parameters, tensor_parallel
@@ -25,29 +25,17 @@ from nemo_like.types import MicroBatch, TrainBatch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class DTensorFactory:
-    """What a worker makes its backend from; picklable, and imports nothing heavy before it is called.
-
-    `model_source` is a folder with a `config.json` (and, unless `policy.init` is `random`, safetensors).
-    """
-
-    policy: PolicyConfig
-    model_source: Path
-    seed: int
-    skip_budget: int = 0
-    asynchronous_save: bool = False
-
-    def __call__(self) -> DTensorBackend:
-        """This rank's backend; joins the process group that the environment describes."""
-        return DTensorBackend(self)
-
-
 class DTensorBackend(RankBackend):
     """FSDP2 with fp32 master weights, HSDP, tensor and sequence parallelism, on GPUs or on a CPU."""
 
-    def __init__(self, factory: DTensorFactory) -> None:
-        policy = factory.policy
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        *,
+        seed: int,
+        skip_budget: int = 0,
+        asynchronous_save: bool = False,
+    ) -> None:
         config = policy.dtensor_cfg
         self._joined, device = _join_process_group()
         if config.cpu_offload and device.type == "cpu":
@@ -56,7 +44,7 @@ class DTensorBackend(RankBackend):
                 "on a CPU; set it to false"
             )
         self.mesh = build_mesh(config, device.type)
-        model = _build_model(factory, self.mesh, device)
+        model = _build_model(policy, self.mesh, device, seed=seed)
         optimizer, routing = build_optimizer(
             models.named_parameters(model), policy.active_optimizer
         )
@@ -68,8 +56,8 @@ class DTensorBackend(RankBackend):
             settings=StepSettings(
                 max_grad_norm=policy.active_max_grad_norm,
                 row_multiple=policy.sequence_divisor,
-                skip_budget=factory.skip_budget,
-                asynchronous_save=factory.asynchronous_save,
+                skip_budget=skip_budget,
+                asynchronous_save=asynchronous_save,
             ),
             device=device,
         )
@@ -92,7 +80,10 @@ class DTensorBackend(RankBackend):
         return {name: parameter.detach() for name, parameter in models.named_parameters(self.model)}
 
     def _model_config(self) -> dict[str, Any]:
-        return self.model.hf.config.to_dict()
+        config = self.model.hf.config.to_dict()
+        return {
+            k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")
+        }
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole fp32 tensors by Hugging Face name; a collective."""
@@ -120,10 +111,12 @@ def _join_process_group() -> tuple[bool, torch.device]:
 
 
 def _build_model(
-    factory: DTensorFactory, mesh: torch.distributed.DeviceMesh, device: torch.device
+    policy: PolicyConfig, mesh: DeviceMesh, device: torch.device, *, seed: int
 ) -> models.CausalLM:
-    policy, config = factory.policy, factory.policy.dtensor_cfg
-    hf_config = models.load_hf_config(factory.model_source, policy.hf_config_overrides)
+    config = policy.dtensor_cfg
+    is_random = policy.init == "random"
+    folder = model_folder(policy.model_name, with_weights=not is_random)
+    hf_config = models.load_hf_config(folder, policy.hf_config_overrides)
     hf = models.new_hf_model(hf_config, device="meta")
     if config.activation_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
@@ -137,10 +130,10 @@ def _build_model(
     )
     models.materialize(model, torch.device("cpu") if config.cpu_offload else device)
     weights = (
-        models.random_weights(hf_config, factory.seed)
-        if policy.init == "random"
+        models.random_weights(hf_config, seed)
+        if is_random
         else read_hf(
-            factory.model_source,
+            folder,
             {name: tuple(p.shape) for name, p in models.named_parameters(model)},
             tied=hf_config.tie_word_embeddings,
         )

@@ -36,7 +36,7 @@ class CausalLM(nn.Module):
     def forward(
         self, input_ids_RT: Tensor, position_ids_RT: Tensor, predictor_M: Tensor, target_M: Tensor
     ) -> Tensor:
-        """log p(target | tokens up to and including its predictor), fp32 nats. Shapes: [M]."""
+        """Log p(target | tokens up to and including its predictor), fp32 nats. Shapes: [M]."""
         hidden = self.hf.model(
             input_ids=input_ids_RT, position_ids=position_ids_RT, use_cache=False
         ).last_hidden_state

@@ -1,0 +1,168 @@
+"""From the configuration to the objects of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_like.cluster.generator import RemoteGenerator
+from nemo_like.cluster.group import GroupConfig, WorkerGroup
+from nemo_like.cluster.placement import ParallelSizes, count_local_gpus, place, place_single
+from nemo_like.cluster.policy import RemotePolicy
+from nemo_like.cluster.runtime import RayCluster
+from nemo_like.config.policy import DTensorConfig, PolicyConfig
+from nemo_like.config.run import ClusterConfig
+from nemo_like.data.batching import Batching
+from nemo_like.errors import ConfigError
+from nemo_like.interfaces import Environment, Generator, Policy
+
+
+@dataclass(frozen=True)
+class Batchings:
+    """How a policy cuts global batches, with and without gradient."""
+
+    train: Batching
+    logprob: Batching
+
+
+@dataclass(frozen=True)
+class EngineFactory:
+    """What a worker makes a rollout engine from: a copy of the policy's model, and its tokenizer."""
+
+    policy: PolicyConfig
+
+    def __call__(self) -> Any:
+        """The reference engine, without weights yet."""
+        from nemo_like.assets import model_folder
+        from nemo_like.backends.dtensor.model import load_hf_config
+        from nemo_like.data.tokenizer import load_tokenizer
+        from nemo_like.rollout.hf import HFEngine
+
+        tokenizer = load_tokenizer(self.policy.tokenizer, self.policy.model_name)
+        folder = model_folder(self.policy.model_name, with_weights=False)
+        config = load_hf_config(folder, self.policy.hf_config_overrides)
+        return HFEngine(
+            config.to_dict(), lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+        )
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What trains, and what answers (if anything has to)."""
+
+    policy: Policy
+    generator: Generator | None
+
+
+def policy_factory(policy: PolicyConfig, *, seed: int, skip_budget: int, is_async: bool) -> Any:
+    """What each worker makes its backend from.
+
+    Raises:
+        ConfigError: the backend can not train yet.
+    """
+    match policy.backend:
+        case DTensorConfig():
+            from nemo_like.backends.dtensor.factory import DTensorFactory
+
+            return DTensorFactory(
+                policy, seed=seed, skip_budget=skip_budget, asynchronous_save=is_async
+            )
+        case _:
+            raise ConfigError(
+                "policy.megatron_cfg.enabled=true: this version validates Megatron configurations and can "
+                "not train with them; set policy.megatron_cfg.enabled=false policy.dtensor_cfg.enabled=true"
+            )
+
+
+@contextmanager
+def machines(
+    policy: PolicyConfig,
+    cluster: ClusterConfig,
+    factory: Any,
+    batchings: Batchings,
+    *,
+    log_folder: Path,
+    with_generator: bool,
+) -> Iterator[Machines]:
+    """Policy and generator on the machines that the configuration names; ended with the block.
+
+    Under Ray the workers are still starting when the block begins: the first call waits for them.
+    """
+    if cluster.launcher == "local":
+        yield from _local(factory, batchings, EngineFactory(policy) if with_generator else None)
+        return
+    ray = RayCluster(cluster)
+    groups: list[WorkerGroup] = []
+    try:
+        ray.start()
+        gpus_found = ray.gpus_found() if cluster.address else count_local_gpus()
+        placement = place(cluster, _parallel_sizes(policy), gpus_found=gpus_found)
+
+        def group(name: str, made_by: Any, where: Any) -> WorkerGroup:
+            config = GroupConfig(
+                name=name,
+                placement=where,
+                factory=made_by,
+                log_dir=log_folder / "workers",
+                timeout_s=cluster.worker_timeout_s,
+                env_vars=policy.backend.env_vars,
+            )
+            groups.append(WorkerGroup(ray, config))
+            groups[-1].start()
+            return groups[-1]
+
+        remote = RemotePolicy(
+            group("policy", factory, placement),
+            placement,
+            train=batchings.train,
+            logprob=batchings.logprob,
+        )
+        generator = None
+        if with_generator:
+            generator = RemoteGenerator(
+                group("generator", EngineFactory(policy), place_single(uses_gpu=False))
+            )
+        yield Machines(remote, generator)
+    finally:
+        for started in groups:
+            started.close()
+        ray.close()
+
+
+def _local(factory: Any, batchings: Batchings, engine: EngineFactory | None) -> Iterator[Machines]:
+    from nemo_like.run.local import LocalPolicy
+
+    policy = LocalPolicy(factory(), train=batchings.train, logprob=batchings.logprob)
+    try:
+        yield Machines(policy, None if engine is None else engine())
+    finally:
+        policy.close()
+
+
+def _parallel_sizes(policy: PolicyConfig) -> ParallelSizes:
+    match policy.backend:
+        case DTensorConfig() as config:
+            return ParallelSizes.of_dtensor(config)
+        case _:
+            raise ConfigError("policy.megatron_cfg: no placement yet")
+
+
+def build_environment(name: str) -> Environment:
+    """The environment that judges answers.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    match name:
+        case "arithmetic":
+            from nemo_like.environments.arithmetic import ArithmeticEnvironment
+
+            return ArithmeticEnvironment()
+        case "math":
+            from nemo_like.environments.math import MathEnvironment
+
+            return MathEnvironment()
+    raise ConfigError(f"env_name={name!r}: no such environment; there are arithmetic and math")

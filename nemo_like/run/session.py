@@ -1,0 +1,259 @@
+"""What every run has around its algorithm: the log folder, the checkpoints, the terminal, and an end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_like.assets import model_folder
+from nemo_like.checkpoint import layout
+from nemo_like.checkpoint.checkpoints import Checkpoints, RunIdentity, SavedCheckpoint
+from nemo_like.checkpoint.files import read_json
+from nemo_like.checkpoint.hf_export import write_hf
+from nemo_like.checkpoint.manifest import RunLayout
+from nemo_like.config.command_line import to_yaml
+from nemo_like.config.policy import PolicyConfig
+from nemo_like.config.sft import SFTTree
+from nemo_like.errors import EXIT_INTERRUPTED, CheckpointError, NemoLikeError
+from nemo_like.interfaces import Policy
+from nemo_like.observability.console import RunConsole, duration
+from nemo_like.observability.records import Answer, collect_facts, ownership_table
+from nemo_like.observability.report import write_report
+from nemo_like.observability.run_folder import RunFolder
+from nemo_like.observability.secrets import redact
+from nemo_like.observability.sinks import build_sinks
+from nemo_like.observability.timing import StepClock, flops_per_token, peak_flops
+from nemo_like.run.journal import RunJournal
+from nemo_like.types import PolicyFacts
+
+
+class Resumable(Protocol):
+    """A position in data that a checkpoint holds."""
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to a position."""
+        ...
+
+
+class Session:
+    """A run's surroundings.
+
+    A run that continues writes on in the log folder it began in, so its curves stay in one piece.
+    """
+
+    def __init__(self, tree: SFTTree) -> None:
+        self._tree = tree
+        self._began = time.monotonic()
+        self._console = RunConsole()
+        self._checkpoint_root = Path(tree.checkpointing.checkpoint_dir)
+        self.folder = self._open_folder()
+
+    def run(self, body: Callable[[Session, ExitStack], int]) -> int:
+        """The exit code of `body`; what it entered into the stack is left in any case."""
+        try:
+            with ExitStack() as stack:
+                stack.callback(self._console.close)
+                return body(self, stack)
+        except NemoLikeError as error:
+            steps = layout.find_steps(self._checkpoint_root)
+            self._console.error(
+                error,
+                last_checkpoint=layout.step_folder(self._checkpoint_root, steps[-1])
+                if steps
+                else None,
+                next_command=_command() if steps else None,
+            )
+            return error.exit_code
+
+    def say(self, text: str) -> None:
+        """One line on the terminal."""
+        self._console.say(text)
+
+    def show_answers(self, answers: Iterable[Answer]) -> None:
+        """Keep answers for the report, and show the first few."""
+        kept = list(answers)
+        self.folder.append_answers(kept)
+        self._console.answers(kept[: self._tree.logger.num_val_samples_to_print])
+
+    def open_journal(
+        self,
+        policy: Policy,
+        facts: PolicyFacts,
+        stack: ExitStack,
+        *,
+        tokenizer: Any,
+        data: Resumable,
+        total_steps: int,
+        tokens_per_sequence: float,
+    ) -> RunJournal:
+        """The journal of this run, which continues where the latest checkpoint is, if there is one."""
+        checkpoints = self._open_checkpoints(facts, stack)
+        saved = checkpoints.latest_good() if checkpoints is not None else None
+        done = 0
+        if saved is not None:
+            self._continue(saved, policy, data)
+            done = saved.step
+        table = ownership_table(facts.owners)
+        self._console.table(table)
+        self.folder.write_tables([table])
+        self.folder.write_config(self._tree.model_dump(mode="json"))
+        self.folder.write_facts(collect_facts(parameters=f"{facts.num_parameters:,}"))
+        sinks = [*self._sinks(saved), self._console]
+        for sink in sinks:
+            stack.callback(sink.close)
+        journal = RunJournal(
+            policy=policy,
+            position=lambda: {"data": data.state(), "log_folder": str(self.folder.path)},
+            export=self._exporter(policy, facts, tokenizer),
+            checkpoints=checkpoints,
+            config=self._tree.checkpointing,
+            sinks=sinks,
+            clock=self._clock(facts, total_steps, tokens_per_sequence),
+            steps=range(done + 1, total_steps + 1),
+        )
+        stack.callback(journal.close)
+        self._console.start(total_steps, done=done)
+        return journal
+
+    def finish(self, journal: RunJournal, total_steps: int) -> int:
+        """Write the report, tell how it ended and what to type next; the exit code."""
+        report = write_report(self.folder)
+        places = {
+            "checkpoint": journal.last_saved,
+            "log": self.folder.path,
+            "report": report,
+        }
+        if journal.stopped_by is not None and journal.last_step_done < total_steps:
+            self._console.summary(
+                {
+                    "stopped by": journal.stopped_by,
+                    "at step": f"{journal.last_step_done} of {total_steps}",
+                },
+                places=places,
+                next_command=_command(),
+            )
+            return EXIT_INTERRUPTED
+        wall = {"wall time": duration(time.monotonic() - self._began)}
+        self._console.summary(
+            _results(journal) | wall, places=places, next_command=self._next_command()
+        )
+        return 0
+
+    def _open_folder(self) -> RunFolder:
+        log_dir = self._tree.logger.log_dir
+        steps = layout.find_steps(self._checkpoint_root)
+        if not (self._tree.checkpointing.enabled and steps):
+            return RunFolder.create(log_dir)
+        newest = layout.step_folder(self._checkpoint_root, steps[-1])
+        try:
+            position = read_json(newest / layout.DATA)
+        except CheckpointError:  # said in full when the checkpoint is verified
+            return RunFolder.create(log_dir)
+        return RunFolder.reopen(position["log_folder"], step=steps[-1])
+
+    def _open_checkpoints(self, facts: PolicyFacts, stack: ExitStack) -> Checkpoints | None:
+        if not self._tree.checkpointing.enabled:
+            return None
+        identity = RunIdentity(
+            model=facts.model,
+            routing={owner["name"]: owner["optimizer"] for owner in facts.owners},
+            config_yaml=redact(to_yaml(self._tree)),
+            layout=RunLayout(facts.world_size, facts.threads, facts.device),
+        )
+        checkpoints = stack.enter_context(Checkpoints(self._tree.checkpointing, identity))
+        for leftover in checkpoints.removed_leftovers:
+            self.say(f"removed {leftover}, which an interrupted save had left")
+        return checkpoints
+
+    def _continue(self, saved: SavedCheckpoint, policy: Policy, data: Resumable) -> None:
+        policy.load(saved.folder)
+        data.load_state(saved.data["data"])
+        self.say(f"continuing from {saved.folder}")
+        if saved.differences:
+            self.say("not exact to the bit, only to round-off: " + "; ".join(saved.differences))
+
+    def _sinks(self, saved: SavedCheckpoint | None) -> list[Any]:
+        return build_sinks(
+            self._tree.logger,
+            self.folder,
+            resolved_config=self._tree.model_dump(mode="json"),
+            resume_step=None if saved is None else saved.step,
+        )
+
+    def _exporter(
+        self, policy: Policy, facts: PolicyFacts, tokenizer: Any
+    ) -> Callable[[Path], None]:
+        if self._tree.checkpointing.model_save_format is None:
+            return lambda folder: None
+        import torch
+
+        dtype = getattr(torch, self._tree.policy.precision)
+
+        def weights() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in policy.export_weights():
+                yield name, tensor.to("cpu", dtype)
+
+        return lambda folder: write_hf(
+            folder / layout.HF, weights(), config=facts.model, tokenizer=tokenizer
+        )
+
+    def _clock(self, facts: PolicyFacts, total_steps: int, tokens_per_sequence: float) -> StepClock:
+        model = facts.model
+        width = model["num_attention_heads"] * (
+            model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+        )
+        peak = peak_flops(facts.device, self._tree.policy.precision)
+        return StepClock(
+            total_steps=total_steps,
+            flops_per_token=flops_per_token(
+                facts.num_parameters,
+                num_layers=model["num_hidden_layers"],
+                attention_width=width,
+                sequence_length=tokens_per_sequence,
+            ),
+            peak_flops=None if peak is None else peak * facts.world_size,
+        )
+
+    def _next_command(self) -> str:
+        if "optimizer=muon" in _command():
+            return f"{_command()} cluster.gpus_per_node=0 cluster.cpu_workers_per_node=2"
+        return f"{_command()} policy.optimizer.optimizer=muon"
+
+
+def read_model_config(policy: PolicyConfig) -> dict[str, Any]:
+    """The content of the model's config.json with `hf_config_overrides`, without importing transformers."""
+    folder = model_folder(policy.model_name, with_weights=policy.init == "pretrained")
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config | policy.hf_config_overrides
+
+
+def _command() -> str:
+    """The command that started this run."""
+    return shlex.join(["uv", "run", *sys.argv])
+
+
+def _results(journal: RunJournal) -> dict[str, str]:
+    shown = {
+        "train/loss": "training loss",
+        "validation/val_loss": "validation loss",
+        "validation/accuracy": "accuracy of greedy answers",
+        "performance/tokens_per_s": "tokens per second",
+    }
+    first = {"validation/val_loss": journal.first_validation.get("val_loss")}
+    results = {}
+    for key, label in shown.items():
+        if key in journal.latest:
+            started = first.get(key)
+            text = f"{journal.latest[key]:,.4g}"
+            results[label] = text if started is None else f"{text} (at the start {started:,.4g})"
+    return results
