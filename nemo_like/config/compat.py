@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_like.config.draft import Draft, Problem
+from nemo_like.config.draft import Draft
 from nemo_like.config.torch_optimizers import translate_optimizer, translate_scheduler
 
 _MEGATRON, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
@@ -163,13 +163,13 @@ def translate(draft: Draft) -> None:
         _drop(draft, path, reason)
     for path, reason in IGNORED.items():
         if draft.find(path)[0]:
-            draft.notes.append(f"{path} is ignored: {reason} ({draft.origin(path).text})")
-            draft.take(path)
+            origin = draft.origin(path)
+            if draft.take(path) not in ({}, None):
+                draft.notes.append(f"{path} is ignored: {reason} ({origin.text})")
     for (path, value), reason in WITHOUT_VALUE.items():
         found, given = draft.find(path)
         if found and given == value and type(given) is type(value):
-            draft.problems.append(Problem(reason, (path,), draft.origin(path)))
-            draft.take(path)
+            draft.refuse(path, reason)
 
 
 def is_absent(path: str) -> str | None:
@@ -185,10 +185,10 @@ def _drop(draft: Draft, path: str, reason: str) -> None:
     found, value = draft.find(path)
     if not found:
         return
-    origin = draft.origin(path)
-    draft.take(path)
-    if not (_is_off(value) or (path.endswith("parallel_size") and value == 1)):
-        draft.problems.append(Problem(f"absent on purpose: {reason}", (path,), origin))
+    if _is_off(value) or (path.endswith("parallel_size") and value == 1):
+        draft.take(path)
+    else:
+        draft.refuse(path, f"absent on purpose: {reason}")
 
 
 def _is_off(value: Any) -> bool:

@@ -176,7 +176,7 @@ def _as_hydra_wants(text: str, chosen: DictConfig) -> str:
 
 
 def _remember_lines(files: Files, file: Path, package: tuple[str, ...]) -> None:
-    root = yaml.compose(file.read_text())
+    root = yaml.compose(file.read_text(), Loader=yaml.CSafeLoader)
     for path, line in _lines(root, package):
         files.origins[path] = Origin(files.layers, f"{_shown(file)}:{line}")
     files.layers += 1

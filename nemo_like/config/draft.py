@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_SHOWN = 60
+"""Characters of a value in a message."""
 Path = tuple[str, ...]
 
 
@@ -22,11 +25,15 @@ DEFAULT = Origin(-1, "default")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong, and the (dotted) keys it is about."""
+    """One thing that is wrong, and the (dotted) keys it is about.
+
+    `origin` and `found` are given where the draft no longer holds the value.
+    """
 
     message: str
     keys: tuple[str, ...] = ()
     origin: Origin | None = None
+    found: str = ""
 
 
 @dataclass
@@ -39,7 +46,7 @@ class Draft:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def find(self, path: str) -> tuple[bool, Any]:
+    def find(self, path: str | Path) -> tuple[bool, Any]:
         """Whether somebody wrote this key, and its value."""
         return find(self.values, split(path))
 
@@ -50,10 +57,16 @@ class Draft:
             return True, value, self.origin(path)
         return (*find(self.defaults, split(path)), DEFAULT)
 
-    def take(self, path: str) -> Any:
+    def take(self, path: str | Path) -> Any:
         """The value of a key that is there; afterwards it is not."""
         *parents, last = split(path)
         return find(self.values, tuple(parents))[1].pop(last)
+
+    def refuse(self, path: str | Path, message: str) -> None:
+        """Take a key out and say why."""
+        origin = self.origin(path)
+        found = show(self.take(path))
+        self.problems.append(Problem(message, (".".join(split(path)),), origin, found))
 
     def put(self, path: str, value: Any, origin: Origin) -> None:
         """Write a key, unless a later layer has written it already."""
@@ -76,7 +89,7 @@ class Draft:
 
     def origin(self, path: str | Path) -> Origin:
         """Where the value of a key comes from: written itself, or with the section around it."""
-        parts = split(path) if isinstance(path, str) else path
+        parts = split(path)
         for n in range(len(parts), 0, -1):
             if parts[:n] in self.origins:
                 return self.origins[parts[:n]]
@@ -84,9 +97,16 @@ class Draft:
         return max(below, default=DEFAULT)
 
 
-def split(path: str) -> Path:
-    """The parts of a dotted path."""
-    return tuple(path.split("."))
+def show(value: Any) -> str:
+    """A value as a user would type it, shortened."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def split(path: str | Path) -> Path:
+    """The parts of a dotted path; a tuple is split already (its parts may hold dots)."""
+    return tuple(path.split(".")) if isinstance(path, str) else path
 
 
 def find(values: Any, path: Path) -> tuple[bool, Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
 from nemo_like.config.compat import MOVED
-from nemo_like.config.draft import Draft, Problem
+from nemo_like.config.draft import Draft, Problem, show
 from nemo_like.config.schema import Key
 
-MAX_VALUE = 60
 HINT = "Every key with its default: --help (one block: --help sft)."
 
 
@@ -33,17 +31,12 @@ def _paragraph(problem: Problem, draft: Draft | None) -> str:
 def _key_line(key: str, problem: Problem, draft: Draft | None) -> str:
     if draft is None:
         return f"  {key}"
+    if problem.origin is not None:
+        shown = f"{key} = {problem.found}" if problem.found else key
+        return f"  {shown:<50}  [{problem.origin.text}]"
     found, value, origin = draft.seen(key)
-    origin = problem.origin or origin
     shown = f"{key} = {show(value)}" if found else key
     return f"  {shown:<50}  [{origin.text}]"
-
-
-def show(value: Any) -> str:
-    """A value as a user would type it, shortened."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    text = text.replace("\n", "\\n")
-    return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 3] + "..."
 
 
 def unknown_key(path: str, known: dict[str, Key]) -> str:

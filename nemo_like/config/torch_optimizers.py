@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_like.config.draft import Draft, Problem
+from nemo_like.config.draft import Draft, split
 from nemo_like.config.optimizer import OptimizerConfig
 
 BLOCK, SCHEDULE = "policy.optimizer", "policy.scheduler"
@@ -37,38 +37,34 @@ def translate_optimizer(draft: Draft) -> None:
     has_kwargs, kwargs = draft.find(f"{BLOCK}.kwargs")
     if not has_name and not has_kwargs:
         return
-    origin = draft.origin(f"{BLOCK}.name" if has_name else f"{BLOCK}.kwargs")
     if has_name and name not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
-        message = f"is not one of {known}; or write policy.optimizer.optimizer=adam | sgd | muon"
-        draft.problems.append(Problem(message, (f"{BLOCK}.name",), origin))
+        draft.refuse(f"{BLOCK}.name", f"is not one of {known}; or use policy.optimizer.optimizer")
     elif has_kwargs and not isinstance(kwargs, dict):
-        draft.problems.append(Problem("must be a mapping", (f"{BLOCK}.kwargs",), origin))
+        draft.refuse(f"{BLOCK}.kwargs", "must be a mapping of arguments")
     else:
-        ours, names = OPTIMIZERS[name] if has_name else OPTIMIZERS["torch.optim.AdamW"]
+        ours, names = OPTIMIZERS[name if has_name else "torch.optim.AdamW"]
         if has_name:
-            draft.put(f"{BLOCK}.optimizer", ours, origin)
-        for key, value in (kwargs or {}).items():
-            _put_argument(draft, key, value, names)
-    for part, present in (("name", has_name), ("kwargs", has_kwargs)):
-        if present:
+            draft.put(f"{BLOCK}.optimizer", ours, draft.origin(f"{BLOCK}.name"))
+        for key in list(kwargs or {}):
+            _translate_argument(draft, key, names)
+    for part in ("name", "kwargs"):
+        if draft.find(f"{BLOCK}.{part}")[0]:
             draft.take(f"{BLOCK}.{part}")
 
 
-def _put_argument(draft: Draft, key: str, value: Any, names: dict[str, str]) -> None:
-    path = f"{BLOCK}.kwargs.{key}"
-    origin = draft.origin(path)
+def _translate_argument(draft: Draft, key: str, names: dict[str, str]) -> None:
+    path = (*split(f"{BLOCK}.kwargs"), key)
+    value, origin = draft.find(path)[1], draft.origin(path)
     if key in KERNEL_CHOICES:
         return
-    if key == "betas" and isinstance(value, list) and len(value) == 2 and names is not SGD:
+    if key == "betas" and isinstance(value, list) and len(value) == 2 and names is ADAM:
         draft.put(f"{BLOCK}.adam_beta1", value[0], origin)
         draft.put(f"{BLOCK}.adam_beta2", value[1], origin)
     elif key in names:
         draft.put(f"{BLOCK}.{names[key]}", value, origin)
     else:
-        known = ", ".join(f"{k} -> policy.optimizer.{v}" for k, v in names.items())
-        message = f"this optimizer's arguments are: {known}, betas"
-        draft.problems.append(Problem(message, (path,), origin))
+        draft.refuse(path, f"the arguments that have an equal here are {', '.join(names)}, betas")
 
 
 def translate_scheduler(draft: Draft) -> None:
@@ -78,18 +74,16 @@ def translate_scheduler(draft: Draft) -> None:
         stages = [stages]
     if not found or not isinstance(stages, list):
         return
-    origin = draft.origin(SCHEDULE)
-    draft.take(SCHEDULE)
-    draft.origins.pop(("policy", "scheduler"), None)
     has_lr, lr = draft.find(f"{BLOCK}.lr")
     try:
         fields = _flatten(stages, float(lr if has_lr else OptimizerConfig().lr))
     except (KeyError, TypeError, ValueError) as error:
-        message = (
-            f"{error}; write policy.scheduler with Megatron's names (see --help policy.scheduler)"
-        )
-        draft.problems.append(Problem(message, (SCHEDULE,), origin))
+        names = "use the names of --help policy.scheduler instead"
+        draft.refuse(SCHEDULE, f"this list has no equal here ({error}); {names}")
         return
+    origin = draft.origin(SCHEDULE)
+    draft.take(SCHEDULE)
+    draft.origins.pop(("policy", "scheduler"), None)
     for path, value in fields.items():
         draft.put(path, value, origin)
 
@@ -125,7 +119,7 @@ def _decay(name: str, kwargs: dict[str, Any], lr: float, warmup: int) -> dict[st
     elif name == "LinearLR" and kwargs.get("start_factor", 1 / 3) == 1:
         style, length, end = "linear", kwargs["total_iters"], kwargs["end_factor"] * lr
     else:
-        raise ValueError(f"{name} with {kwargs} has no equal here")
+        raise ValueError(f"{name} with {kwargs}")
     return {
         f"{SCHEDULE}.lr_decay_style": style,
         f"{SCHEDULE}.lr_decay_iters": warmup + length,
