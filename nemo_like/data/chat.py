@@ -7,6 +7,7 @@ to tokens by the tokenizer's own offsets. Where that can not be done for certain
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -205,15 +206,13 @@ def _assistant_turns(messages: Sequence[Message]) -> list[int]:
     return turns
 
 
-def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+def _mask(offsets: list[Span], spans: Sequence[Span]) -> list[bool]:
     """Which tokens lie in a span; empty if one lies across the border of a span."""
-    mask: list[bool] = []
-    remaining = iter(spans)
-    start, end = next(remaining)
-    for first, last in offsets:
-        while first >= end:
-            start, end = next(remaining, (1 << 62, 1 << 63))
-        if first < start < last or first < end < last:
-            return []
-        mask.append(start <= first)
+    mask = [False] * len(offsets)
+    for start, end in spans:
+        first, after = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+        for token, border in ((first, start), (after, end)):
+            if token and offsets[token - 1][1] > border:
+                return []
+        mask[first:after] = [True] * (after - first)
     return mask

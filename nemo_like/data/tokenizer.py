@@ -21,6 +21,7 @@ _FILES = [
     "vocab*",
     "merges.txt",
 ]
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
 
 
 def load_tokenizer(config: TokenizerConfig, model_name: str) -> PreTrainedTokenizerFast:
@@ -68,13 +69,21 @@ def _find(name: str) -> Path:
 
 
 def _load(folder: Path, name: str) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    # AutoTokenizer converts other formats, but costs many seconds of imports.
-    has_fast = (folder / "tokenizer.json").is_file()
-    loader = PreTrainedTokenizerFast if has_fast else AutoTokenizer
+    # Without any of these, transformers makes an empty tokenizer and says nothing.
+    if not any((folder / file).is_file() for file in _VOCABULARIES):
+        raise ConfigError(
+            f"policy.tokenizer.name: {name} has no tokenizer in {folder}, expected one of "
+            f"{', '.join(_VOCABULARIES)}"
+        )
     try:
-        tokenizer = loader.from_pretrained(str(folder))
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        else:  # converts other formats, at the price of seconds of imports
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except Exception as exc:  # damaged files fail in the tokenizers library with bare Exceptions
         raise ConfigError(
             f"policy.tokenizer.name: {name} has no tokenizer that can be loaded from {folder}: "

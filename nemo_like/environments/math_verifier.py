@@ -3,7 +3,7 @@
 Run as `python -m nemo_like.environments.math_verifier TIMEOUT_S MEMORY_BYTES`. Each line on stdin
 is `[expected, answer]`; each line on stdout is `true` or `false`. The parsers are given whatever a
 model wrote: in a process of its own that costs at most its time and memory. No code is executed:
-only digits and operators reach the evaluator of plain expressions, and LaTeX goes through a grammar.
+only digits and operators reach the evaluator of plain expressions; LaTeX goes through a grammar.
 """
 
 from __future__ import annotations
