@@ -52,9 +52,9 @@ class Loader:
         """Examples drawn so far."""
         return sum(self._taken)
 
-    def take(self, num: int) -> list[Example]:
+    def take(self, n: int) -> list[Example]:
         """The next examples."""
-        return [self._next() for _ in range(num)]
+        return [self._next() for _ in range(n)]
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, and what it is a stream of; plain values for JSON."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_like.assets import bundled
+from nemo_like.assets import bundled, fetch
 from nemo_like.config.policy import TokenizerConfig
 from nemo_like.errors import ConfigError
 
@@ -45,27 +45,7 @@ def _find(name: str) -> Path:
         return Path(name)
     if (folder := bundled(name)) and (folder / "tokenizer.json").is_file():
         return folder
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"policy.tokenizer.name={name}: no such folder (looked in {Path.cwd()})")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=True))
-        except LocalEntryNotFoundError:
-            folder = None
-        # A cache may hold a model's weights without its tokenizer.
-        if folder is None or not (folder / "tokenizer.json").is_file():
-            folder = Path(snapshot_download(name, allow_patterns=_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as exc:
-        raise ConfigError(
-            f"tokenizer {name} is not a local folder, not bundled, not in the Hugging Face cache, "
-            f"and can not be had from the hub ({type(exc).__name__}). Correct policy.model_name or "
-            f"policy.tokenizer.name; or run `hf download {name}` where there is a network, and set "
-            "policy.tokenizer.name to that folder (gated models need `hf auth login`)"
-        ) from exc
-    return folder
+    return fetch(name, _FILES, key="policy.tokenizer.name")
 
 
 def _load(folder: Path, name: str) -> PreTrainedTokenizerFast:
