@@ -88,6 +88,10 @@ class RankBackend(ABC):
         """
 
     @abstractmethod
+    def _finish_gradients(self) -> None:
+        """Pay what is owed to the gradients when the last micro-batch is through: sums over ranks."""
+
+    @abstractmethod
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors by Hugging Face name; a collective."""
 
@@ -161,6 +165,7 @@ class RankBackend(ABC):
             share.backward()
             shares.append(share.detach())
             collected.append(metrics)
+        self._finish_gradients()
         return shares, reduce(collected)
 
     def _is_finite(self, shares: list[float], grad_norm: float) -> bool:

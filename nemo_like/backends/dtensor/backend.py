@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from nemo_like.assets import model_folder
 from nemo_like.backends.base import RankBackend, StepSettings
@@ -69,6 +70,14 @@ class DTensorBackend(RankBackend):
         )
         zeros_N = logprobs_M.new_zeros(len(batch.token_ids_N))
         return zeros_N.index_put((rows.source_M,), logprobs_M)
+
+    def _finish_gradients(self) -> None:
+        # FSDP2 has reduced its own. Without it, a weight that acts on every rank's heads (q_norm) or part of
+        # the sequence (layer norms) still has one part of its gradient on each rank.
+        for parameter in self.model.parameters():
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+                parameter.grad = gradient.redistribute(placements=parameter.placements)
 
     def close(self) -> None:
         """Finish what is being written and leave the process group; safe to call twice."""

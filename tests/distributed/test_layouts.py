@@ -1,0 +1,182 @@
+"""One process, FSDP2, HSDP, tensor and sequence parallelism take the same steps."""
+
+import json
+import os
+
+import pytest
+import torch
+
+STEPS = 20
+MODELS = {
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True, "vocab_size": 64},
+    "qwen2": {"tie_word_embeddings": True, "vocab_size": 65},
+    "llama": {"head_dim": 16, "tie_word_embeddings": False, "vocab_size": 64},
+}
+CLASSES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders with a config.json each."""
+    root = tmp_path_factory.mktemp("models")
+    for name, own in MODELS.items():
+        (root / name).mkdir()
+        config = {
+            "model_type": name, "architectures": [CLASSES[name]], "hidden_size": 64,
+            "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.08,
+        }  # fmt: skip
+        (root / name / "config.json").write_text(json.dumps(config | own))
+    return root
+
+
+def batch_of(step, vocab=64):
+    from nemo_like.types import Example, TrainBatch
+
+    g = torch.Generator().manual_seed(step)
+    lengths = torch.randint(4, 24, (8,), generator=g).tolist()
+    return TrainBatch.of(
+        [
+            Example(
+                tuple(torch.randint(0, vocab, (n,), generator=g).tolist()),
+                (False, False, *[True] * (n - 2)),
+            )
+            for n in lengths
+        ]
+    )
+
+
+def train_on_this_rank(folder, dtensor, options):
+    """Loss and gradient norm of every step, and the weights at the end."""
+    from nemo_like.backends.dtensor.factory import DTensorFactory
+    from nemo_like.config.policy import PolicyConfig
+    from nemo_like.data.batching import Batching, shard
+    from nemo_like.losses.nll import NLL
+
+    policy = PolicyConfig(
+        model_name=folder, init="random", precision="float32", max_total_sequence_length=64,
+        train_micro_batch_size=2, optimizer={"lr": 3e-4, "muon_ns_dtype": "float64"} | options.get("optimizer", {}),
+        dtensor_cfg=dtensor, sequence_packing=options.get("packing", {}),
+        dynamic_batching=options.get("dynamic", {}), logprob_chunk_size=options.get("chunk", 1024),
+    )  # fmt: skip
+    backend = DTensorFactory(policy, seed=0)()
+    backend.begin(STEPS)
+    batching = Batching.for_training(policy)
+    tensor = policy.dtensor_cfg.tensor_parallel_size
+    num_data = int(os.environ.get("WORLD_SIZE", 1)) // tensor
+    data_rank = int(os.environ.get("RANK", 0)) // tensor
+    losses, norms = [], []
+    for step in range(options.get("steps", STEPS)):
+        shards = shard(batch_of(step), num_data, batching)
+        stats = backend.train_step(shards[data_rank], NLL())
+        losses.append(stats.metrics["loss"].value)
+        norms.append(stats.metrics["grad_norm"].value)
+    weights = {name: w.clone().numpy() for name, w in backend.export_weights()}
+    logprobs = backend.logprobs(shard(batch_of(99), num_data, batching)[data_rank])
+    backend.close()
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": weights,
+        "logprob_sum": float(logprobs.sum()),
+        "is_leader": int(os.environ.get("RANK", 0)) % tensor == 0,
+    }
+
+
+def over_ranks(results):
+    """What the data-parallel leaders found, together."""
+    leaders = [r for r in results if r["is_leader"]]
+    assert all(r["norms"] == results[0]["norms"] for r in results), "ranks disagree on the norm"
+    return {
+        "losses": [sum(parts) for parts in zip(*(r["losses"] for r in leaders), strict=True)],
+        "norms": results[0]["norms"],
+        "weights": results[0]["weights"],
+        "logprob_sum": sum(r["logprob_sum"] for r in leaders),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(models, pool):
+    """What one process finds, remembered."""
+    found = {}
+
+    def of(name, **options):
+        key = json.dumps([name, options], sort_keys=True)
+        if key not in found:
+            found[key] = over_ranks(
+                pool(1).run(train_on_this_rank, str(models / name), {}, options, timeout_s=120)
+            )
+        return found[key]
+
+    return of
+
+
+def assert_same_training(found, expected, *, tolerance=1e-5):
+    for key in ("losses", "norms"):
+        apart = max(abs(a - b) for a, b in zip(found[key], expected[key], strict=True))
+        assert apart < tolerance, f"{key} differ by {apart}"
+    assert found["logprob_sum"] == pytest.approx(expected["logprob_sum"], abs=1e-2)
+    for name, weight in expected["weights"].items():
+        assert abs(found["weights"][name] - weight).max() < 100 * tolerance, name
+
+
+TP = {"tensor_parallel_size": 2}
+LAYOUTS = [
+    (2, {}, "FSDP2 over 2"),
+    (2, TP, "TP 2"),
+    (2, TP | {"sequence_parallel": True}, "TP 2 with sequence parallelism"),
+    (4, {}, "FSDP2 over 4"),
+    (4, TP, "FSDP2 x TP"),
+    (4, TP | {"sequence_parallel": True, "activation_checkpointing": True}, "FSDP2 x TP, SP, AC"),
+    (4, {"dp_replicate_size": 2}, "HSDP"),
+]
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(("world", "dtensor", "label"), LAYOUTS, ids=[x[2] for x in LAYOUTS])
+def test_layout_takes_the_steps_of_one_process(models, pool, alone, name, world, dtensor, label):
+    results = pool(world).run(train_on_this_rank, str(models / name), dtensor, {}, timeout_s=120)
+    assert_same_training(over_ranks(results), alone(name))
+
+
+@pytest.mark.parametrize(
+    ("world", "dtensor"), [(2, {}), (4, TP)], ids=["FSDP2 over 2", "FSDP2 x TP"]
+)
+def test_muon_takes_the_steps_of_one_process(models, pool, alone, world, dtensor):
+    options = {"optimizer": {"optimizer": "muon"}, "steps": 5}
+    results = pool(world).run(
+        train_on_this_rank, str(models / "qwen3"), dtensor, options, timeout_s=120
+    )
+    assert_same_training(over_ranks(results), alone("qwen3", **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": {"enabled": True, "train_mb_tokens": 64}},
+        {"dynamic": {"enabled": True, "train_mb_tokens": 64, "sequence_length_round": 8}},
+        {"chunk": 5},
+    ],
+    ids=["packed", "dynamic", "small chunks"],
+)
+@pytest.mark.parametrize(
+    ("world", "dtensor"),
+    [(1, {}), (2, TP | {"sequence_parallel": True}), (2, {})],
+    ids=["1 process", "TP 2 with SP", "FSDP2 over 2"],
+)
+def test_batching_and_chunks_do_not_change_training(models, pool, alone, world, dtensor, options):
+    results = pool(world).run(
+        train_on_this_rank, str(models / "qwen3"), dtensor, options, timeout_s=120
+    )
+    assert_same_training(over_ranks(results), alone("qwen3"))
+
+
+def test_tensor_parallel_size_that_does_not_divide_the_heads_is_refused(models, pool):
+    with pytest.raises(AssertionError, match="num_key_value_heads=2"):
+        pool(4).run(
+            train_on_this_rank, str(models / "qwen3"), {"tensor_parallel_size": 4}, {}, timeout_s=60
+        )
