@@ -9,6 +9,8 @@ from pydantic import Discriminator, Tag
 
 from nemo_like.config.base import Conflict, Fraction, Node, NonNegative, Positive, PositiveFloat
 
+EnvName = Literal["arithmetic", "math"]
+
 
 class DatasetConfig(Node):
     """One source of rows; unset fields fall back to `data.default`."""
@@ -39,8 +41,8 @@ class DatasetConfig(Node):
     """A text file with one `{}` that the prompt is put into."""
     system_prompt_file: str | None = None
     """A text file with the system message."""
-    env_name: str | None = None
-    """The environment that judges answers: `arithmetic` or `math`."""
+    env_name: EnvName | None = None
+    """The environment that judges answers to these prompts."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """A source that is none, or can not be held out from."""
@@ -57,7 +59,7 @@ class DatasetDefaults(Node):
     """See `data.train.prompt_file`."""
     system_prompt_file: str | None = None
     """See `data.train.system_prompt_file`."""
-    env_name: str | None = None
+    env_name: EnvName | None = None
     """See `data.train.env_name`."""
 
 
@@ -109,8 +111,16 @@ class DataConfig(Node):
                 found |= {f"data.{name}.{i}": source for i, source in enumerate(value or ())}
         return found
 
+    def held_out(self) -> dict[str, DatasetConfig]:
+        """The sources that validation draws from, by dotted path."""
+        return {
+            path: source
+            for path, source in self.sources().items()
+            if path.startswith("data.validation") or source.split_validation_size > 0
+        }
+
     def conflicts(self) -> Iterator[Conflict]:
-        """Lists without a source, and two ways to say what validation is."""
+        """Lists without a source."""
         for name in ("train", "validation"):
             if getattr(self, name) == ():
                 yield Conflict((name,), "the list is empty")

@@ -20,7 +20,7 @@ def help_text(tree: type[Node], wanted: Sequence[str], *, options: Mapping[str, 
         lines += _section(key) if key.section else _lines(key)
     if not found:
         lines.append(f"  none contains {' or '.join(wanted)}")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _section(key: Key) -> list[str]:

@@ -16,7 +16,7 @@ class CheckpointingConfig(Node):
     """Write checkpoints, and continue from the latest one at start."""
     checkpoint_dir: str = "results/sft"
     """Folder of the `step_N` folders."""
-    metric_name: str | None = "val:val_loss"
+    metric_name: str | None = None
     """What checkpoints are ranked by, `val:<name>` or `train:<name>`; null ranks by age."""
     higher_is_better: bool = False
     """The direction of `metric_name`."""

@@ -74,6 +74,7 @@ class SFTTree(Node):
         yield from length_conflicts(self.policy, self.data)
         yield from missing_files(self.policy, self.data)
         yield from secret_conflicts(self.policy)
+        yield from self._validation_conflicts()
         schedule, steps = self.policy.active_scheduler, self.sft.max_num_steps
         if schedule.lr_decay_iters is None and schedule.lr_warmup_iters > steps:
             yield Conflict(
@@ -83,3 +84,23 @@ class SFTTree(Node):
                 ),
                 "the run ends before its warm-up does",
             )
+
+    def _validation_conflicts(self) -> Iterator[Conflict]:
+        held_out, sft = self.data.held_out(), self.sft
+        validates = bool(held_out) and (sft.val_period > 0 or sft.val_at_start or sft.val_at_end)
+        ranked_by = self.checkpointing.metric_name or ""
+        if self.checkpointing.enabled and ranked_by.startswith("val:") and not validates:
+            yield Conflict(
+                ("checkpointing.metric_name", "data.validation", "sft.val_period"),
+                "there is no validation to rank checkpoints by; name a train: metric, or null",
+            )
+        if sft.val_num_answers and not held_out:
+            yield Conflict(
+                ("sft.val_num_answers", "data.validation"), "there are no prompts to answer"
+            )
+        for path, source in held_out.items() if sft.val_num_answers else ():
+            if source.env_name is None and self.data.default.env_name is None:
+                yield Conflict(
+                    ("sft.val_num_answers", f"{path}.env_name", "data.default.env_name"),
+                    "nothing judges the answers to these prompts",
+                )

@@ -76,7 +76,7 @@ policy:
 data:
   max_input_seq_length: ${policy.max_total_sequence_length}
   num_workers: 1
-  train: {dataset_name: OpenMathInstruct-2, output_key: generated_solution, split: train_1M}
+  train: {dataset_name: OpenMathInstruct-2, output_key: generated_solution, split: train_1M, split_validation_size: 0.05}
   validation: null
   default: {prompt_file: null, processor: sft_processor}
 logger:
@@ -166,7 +166,7 @@ def test_of_two_spellings_the_later_one_wins(sft):
     ],
 )
 def test_torch_optimizers_by_class_name_become_flat_fields(sft, write, optimizer, expected):
-    config = write(f"data: {{train: {{dataset_name: x}}}}\npolicy: {{optimizer: {optimizer}}}\n")
+    config = write(f"policy: {{optimizer: {optimizer}}}\n")
     found = sft("--config", config).tree.policy.optimizer
     assert {name: getattr(found, name) for name in expected} == expected
 

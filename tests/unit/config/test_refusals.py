@@ -69,6 +69,7 @@ WRONG_VALUES = {
     "policy.dtensor_cfg.env_vars.A=[1]": "mapping",
     "policy.dtensor_cfg.env_vars.HF_TOKEN=abc": "looks like a secret",
     "data.train=3": "section",
+    "data.train.env_name=arithmetics": "did you mean arithmetic",
     "data.train=[]": "the list is empty",
     "data.train.split_validation_size=1.5": "float >= 0 <= 1",
     "data.train.data_path=/no/such/file.jsonl": "no such file",
@@ -258,6 +259,22 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "longest example": (
         ("data.max_input_seq_length=100000",),
         ("data.max_input_seq_length", "policy.max_total_sequence_length"),
+    ),
+    "nothing to rank by": (
+        ("data.validation=null", "sft.val_num_answers=0"),
+        ("checkpointing.metric_name", "data.validation"),
+    ),
+    "never validated": (
+        ("sft.val_period=0", "sft.val_at_start=false", "sft.val_at_end=false"),
+        ("checkpointing.metric_name", "sft.val_period"),
+    ),
+    "no prompts to answer": (
+        ("data.validation=null", "checkpointing.metric_name=null"),
+        ("sft.val_num_answers", "data.validation"),
+    ),
+    "no judge": (
+        ("data.validation.env_name=null",),
+        ("sft.val_num_answers", "data.validation.env_name"),
     ),
     "no source": (
         ("data.train.dataset_name=null",),
