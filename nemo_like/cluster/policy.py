@@ -16,7 +16,7 @@ from nemo_like.cluster.wire import from_wire
 from nemo_like.data.batching import Batching, shard, unshard
 from nemo_like.interfaces import Loss
 from nemo_like.observability.metrics import reduce
-from nemo_like.types import Shard, StepStats, TrainBatch
+from nemo_like.types import PolicyFacts, Shard, StepStats, TrainBatch
 
 
 class RemotePolicy:
@@ -37,6 +37,11 @@ class RemotePolicy:
     def wait_ready(self) -> None:
         """Returns when every rank has made its backend; until then the driver is free."""
         self._group.wait_ready()
+
+    def begin(self, total_steps: int) -> PolicyFacts:
+        """Lays the schedules over this many steps; the model, who owns its parameters, where it runs."""
+        facts: PolicyFacts = self._group.call_all("begin", total_steps)[0]
+        return facts
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
         """Log-probabilities (nats, fp32, no gradient) aligned with `token_ids_N`. Shapes: [N]."""

@@ -79,7 +79,7 @@ class HFEngine:
         self.load_weights(policy.export_weights(), version=self._applied + 1)
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take whole tensors by Hugging Face name; all of the model's, and nothing else.
 
         Of tied weights one name is enough; when both come they must be equal.
