@@ -72,6 +72,8 @@ class WorkerGroup:
         Raises:
             NemoLikeError: what went wrong at the start, named like the failure of any call.
         """
+        if self._broken is not None and not self._ready:
+            raise self._broken
         if self._broken is not None:
             raise WorkerError(f"the {self._config.name} workers were ended before: {self._broken}")
         self.start()

@@ -20,6 +20,8 @@ OBJECT_STORE_BYTES = 1 << 30
 """Of a cluster that we start: batches and bounded chunks of weights pass through, nothing stays."""
 UNRATIONED_CPUS = 1024
 """Of a cluster that we start: how many workers share the cores is the user's choice, not Ray's."""
+HEAD_LOST_S = "15"
+"""Of a cluster that we start: how long its processes look for its head before they end."""
 
 
 def import_ray() -> ModuleType:
@@ -107,8 +109,11 @@ class RayCluster:
         self._closed.wait()
 
     def _connect(self) -> ModuleType:
-        ray = import_ray()
         address = self._config.address
+        if address is None:
+            # Read by every process of the cluster: what a lost head leaves behind ends that soon.
+            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", HEAD_LOST_S)
+        ray = import_ray()
         try:
             # What Ray says of itself (its token file, a worker's death) is said better elsewhere.
             ray.init(
