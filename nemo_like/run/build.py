@@ -10,9 +10,16 @@ from typing import Any
 
 from nemo_like.cluster.generator import RemoteGenerator
 from nemo_like.cluster.group import GroupConfig, WorkerGroup
-from nemo_like.cluster.placement import ParallelSizes, count_local_gpus, place, place_single
+from nemo_like.cluster.placement import (
+    ParallelAxis,
+    ParallelSizes,
+    count_local_gpus,
+    place,
+    place_single,
+)
 from nemo_like.cluster.policy import RemotePolicy
 from nemo_like.cluster.runtime import RayCluster
+from nemo_like.config.megatron import MegatronConfig
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.config.run import ClusterConfig
 from nemo_like.data.batching import Batching
@@ -70,7 +77,7 @@ def policy_factory(policy: PolicyConfig, *, seed: int, skip_budget: int, is_asyn
             return DTensorFactory(
                 policy, seed=seed, skip_budget=skip_budget, asynchronous_save=is_async
             )
-        case _:
+        case MegatronConfig():
             raise ConfigError(
                 "policy.megatron_cfg.enabled=true: this version validates Megatron configurations and can "
                 "not train with them; set policy.megatron_cfg.enabled=false policy.dtensor_cfg.enabled=true"
@@ -99,7 +106,7 @@ def machines(
     try:
         ray.start()
         gpus_found = ray.gpus_found() if cluster.address else count_local_gpus()
-        placement = place(cluster, _parallel_sizes(policy), gpus_found=gpus_found)
+        placement = place(cluster, parallel_sizes(policy), gpus_found=gpus_found)
 
         def group(name: str, made_by: Any, where: Any) -> WorkerGroup:
             config = GroupConfig(
@@ -142,12 +149,23 @@ def _local(factory: Any, batchings: Batchings, engine: EngineFactory | None) -> 
         policy.close()
 
 
-def _parallel_sizes(policy: PolicyConfig) -> ParallelSizes:
+def parallel_sizes(policy: PolicyConfig) -> ParallelSizes:
+    """How many ranks of each kind the active backend asks for."""
     match policy.backend:
         case DTensorConfig() as config:
             return ParallelSizes.of_dtensor(config)
-        case _:
-            raise ConfigError("policy.megatron_cfg: no placement yet")
+        case MegatronConfig() as config:
+            root = "policy.megatron_cfg"
+            return ParallelSizes(
+                tensor=ParallelAxis(
+                    config.tensor_model_parallel_size, f"{root}.tensor_model_parallel_size"
+                ),
+                context=ParallelAxis(config.context_parallel_size, f"{root}.context_parallel_size"),
+                pipeline=ParallelAxis(
+                    config.pipeline_model_parallel_size, f"{root}.pipeline_model_parallel_size"
+                ),
+                replicate=ParallelAxis(1, f"{root}.dp_replicate_size"),
+            )
 
 
 def build_environment(name: str) -> Environment:

@@ -1,0 +1,94 @@
+"""What a run would do: the model, who owns its parameters, the layout and the memory of a rank. Starts nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from nemo_like.assets import model_folder
+from nemo_like.cluster.placement import Placement, count_local_gpus, place
+from nemo_like.config.policy import DTensorConfig, PolicyConfig
+from nemo_like.config.sft import SFTTree
+from nemo_like.errors import NemoLikeError
+from nemo_like.observability.console import RunConsole
+from nemo_like.observability.records import Table, ownership_table
+from nemo_like.optim.routing import Row
+from nemo_like.run.build import parallel_sizes
+
+STATE_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
+"""Bytes of fp32 optimizer state per parameter."""
+
+
+def dry_run_sft(tree: SFTTree) -> int:
+    """Print what `run_sft` would do with this configuration; the exit code."""
+    console = RunConsole()
+    try:
+        placement = place(tree.cluster, parallel_sizes(tree.policy), gpus_found=count_local_gpus())
+        console.table(_run_table(tree, placement))
+        if isinstance(tree.policy.backend, DTensorConfig):
+            rows = _rows(tree.policy)
+            console.table(ownership_table([vars_of(row) for row in rows]))
+            console.table(_memory_table(rows, tree.policy.backend, placement))
+    except NemoLikeError as error:
+        console.error(error, last_checkpoint=None, next_command=None)
+        return error.exit_code
+    console.say("dry run: nothing was started")
+    return 0
+
+
+def vars_of(row: Row) -> dict[str, object]:
+    """A row as a policy would report it."""
+    return {"name": row.name, "shape": row.shape, "optimizer": row.optimizer, "reason": row.reason}
+
+
+def _rows(policy: PolicyConfig) -> Iterable[Row]:
+    """The routing that training would use, of a model without memory; needs no weights."""
+    from nemo_like.backends.dtensor.model import load_hf_config, named_parameters, new_hf_model
+    from nemo_like.optim.build import build_optimizer
+
+    folder = model_folder(policy.model_name, with_weights=False)
+    hf_config = load_hf_config(folder, policy.hf_config_overrides)
+    model = new_hf_model(hf_config, device="meta")
+    _, routing = build_optimizer(named_parameters(model), policy.active_optimizer)
+    return routing.rows
+
+
+def _run_table(tree: SFTTree, placement: Placement) -> Table:
+    policy, sft = tree.policy, tree.sft
+    backend = policy.backend_key.removesuffix("_cfg")
+    sizes = parallel_sizes(policy)
+    device = "GPU" if placement.uses_gpu else "CPU"
+    per_rank = math.ceil(policy.train_global_batch_size / placement.num_data_parallel)
+    facts = {
+        "model": f"{policy.model_name} ({policy.init} weights)",
+        "optimizer": f"{policy.active_optimizer.optimizer}, lr {policy.active_optimizer.lr:g}",
+        "steps": f"at most {sft.max_num_steps}, of {policy.train_global_batch_size} sequences",
+        "longest sequence": f"{policy.max_total_sequence_length} tokens",
+        "backend": backend,
+        "ranks": f"{placement.world_size} on {device}, {placement.num_nodes} node(s)",
+        "layout": f"data {placement.num_data_parallel} (copies {sizes.replicate.size}) x pipeline "
+        f"{sizes.pipeline.size} x context {sizes.context.size} x tensor {sizes.tensor.size}",
+        "sequences of a rank and step": str(per_rank),
+        "checkpoints": tree.checkpointing.checkpoint_dir if tree.checkpointing.enabled else "none",
+        "logs": tree.logger.log_dir,
+    }
+    return Table("What would be done", ("", ""), tuple(facts.items()))
+
+
+def _memory_table(rows: Iterable[Row], config: DTensorConfig, placement: Placement) -> Table:
+    """State of one rank, of what FSDP2 and tensor parallelism divide; activations are not counted."""
+    tensor = config.tensor_parallel_size
+    shards = placement.num_data_parallel // config.dp_replicate_size
+    weights = state = 0.0
+    for row in rows:
+        share = row.numel / shards / (tensor if len(row.shape) > 1 else 1)
+        weights += 4 * share
+        state += STATE_BYTES[row.optimizer] * share
+    kinds = {
+        "weights (fp32)": weights,
+        "gradients (fp32)": weights,
+        "optimizer state (fp32)": state,
+    }
+    kinds["together"] = sum(kinds.values())
+    lines = tuple((kind, f"{size / 1e9:,.3f}") for kind, size in kinds.items())
+    return Table("Memory of one rank, without activations", ("", "GB"), lines)
