@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -95,5 +96,6 @@ class FaultReport:
             )
         else:
             cure = "Correct the rows, or leave them out with data.bad_rows=drop"
-            cure += f" data.max_bad_rows={share * 1.005 + 5e-5:.4f}." if share > max_share else "."
+            needed = math.ceil(share * 10_000) / 10_000
+            cure += f" data.max_bad_rows={needed:.4f}." if share > max_share else "."
         raise DataError(f"{self.summary()}\n{cure}")

@@ -36,7 +36,10 @@ def cost(micro_batch, lengths, batching) -> int:
 def batch_of(lengths: list[int]) -> TrainBatch:
     count = iter(range(10**6))
     return TrainBatch.of(
-        [Example(tuple(next(count) for _ in range(n)), (False,) + (True,) * (n - 1)) for n in lengths]
+        [
+            Example(tuple(next(count) for _ in range(n)), (False,) + (True,) * (n - 1))
+            for n in lengths
+        ]
     )
 
 
