@@ -9,12 +9,12 @@ import signal
 import time
 
 import pytest
-from conftest import IDENTITY, states_of, write_step
 
 from nemo_like.checkpoint import layout
 from nemo_like.checkpoint.manifest import RunLayout
 from nemo_like.checkpoint.store import StateWriter, load_state
 from nemo_like.errors import CheckpointError, ConfigError
+from tests.unit.checkpoint.small_run import IDENTITY, states_of, write_step
 
 
 def test_a_run_without_checkpoints_starts_fresh(open_run):
@@ -218,3 +218,20 @@ def test_a_folder_that_is_a_file_is_refused_at_start(open_run, tmp_path):
     (tmp_path / "ckpt").write_text("")
     with pytest.raises(CheckpointError, match="checkpointing.checkpoint_dir"):
         open_run()
+
+
+def test_everything_is_flushed_before_the_name_appears_and_the_name_after(
+    open_run, tmp_path, monkeypatch
+):
+    """What a power cut needs, which no test can make: files and folders, rename, then the parent."""
+    log = []
+    genuine = os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: log.append(os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(os, "rename", lambda *names: (log.append("rename"), genuine(*names)))
+    with open_run() as checkpoints:
+        final = write_step(checkpoints, 1)
+    renamed = len(log) - 1 - log[::-1].index("rename")
+    draft = str(layout.draft_folder(tmp_path / "ckpt", 1))
+    written = {draft + str(path).removeprefix(str(final)) for path in (final, *final.rglob("*"))}
+    assert len(written) > 15 and written <= set(log[:renamed])
+    assert log[renamed + 1 :] == [str(tmp_path / "ckpt")]

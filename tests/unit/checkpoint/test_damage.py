@@ -9,12 +9,12 @@ import re
 import shutil
 
 import pytest
-from conftest import IDENTITY, write_step
 
 from nemo_like.checkpoint import layout, manifest
 from nemo_like.checkpoint.checkpoints import Checkpoints
 from nemo_like.config.run import CheckpointingConfig
 from nemo_like.errors import CheckpointError
+from tests.unit.checkpoint.small_run import IDENTITY, write_step
 
 KINDS = {
     "manifest": layout.MANIFEST,

@@ -12,10 +12,9 @@ import os
 import shutil
 import signal
 
-from conftest import states_of, write_step
-
 from nemo_like.checkpoint import layout
 from nemo_like.checkpoint.store import load_state
+from tests.unit.checkpoint.small_run import states_of, write_step
 
 CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate", "pwrite")
 
@@ -63,7 +62,7 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint_and_the_same_command_g
     with open_run(checkpoint_dir=str(tmp_path / "before")) as checkpoints:
         write_step(checkpoints, 1)
     found_after_kill = []
-    for kill_at in itertools.count(1, step=2):
+    for kill_at in itertools.count(1, step=3):
         root = shutil.copytree(tmp_path / "before", tmp_path / f"run_{kill_at}")
         open_here = functools.partial(open_run, checkpoint_dir=str(root), keep_top_k=1)
         code = save_and_die(open_here, kill_at)
