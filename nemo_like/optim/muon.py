@@ -78,13 +78,13 @@ class MuonRule:
             ahead = buffers
             if self.nesterov:
                 ahead = list(torch._foreach_lerp(gradients, buffers, self.momentum))
-            updates = on_whole_matrices(ahead, layouts, self.orthogonalized)
+            blocks = on_whole_matrices(ahead, layouts, self.orthogonalized)
+            updates = [block.to(w.dtype) for block, w in zip(blocks, weights, strict=True)]
             factor = self.scale(layouts[0].shape)
             if weight_decay:
                 torch._foreach_mul_(weights, 1 - lr * weight_decay)
-            for weight, update in zip(weights, updates, strict=True):
-                weight.add_(update, alpha=-lr * factor)
-            norms += torch._foreach_mul(torch._foreach_norm(updates, 2, torch.float64), factor)
+            torch._foreach_add_(weights, updates, alpha=-lr * factor)
+            norms += torch._foreach_mul(torch._foreach_norm(updates), factor)
         return norms
 
 

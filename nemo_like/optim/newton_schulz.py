@@ -119,21 +119,23 @@ def polar(X: Tensor, *, schedule: str, steps: int, dtype: torch.dtype) -> Tensor
     which silently shrinks the update of a tiny gradient.
     """
     rows = coefficients(schedule, steps)
+    normal = _normalized(X).to(dtype)
+    current = normal.reshape(-1, *normal.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
-    wide = _normalized(X.mT if tall else X).to(dtype)
-    current = wide.reshape(-1, *wide.shape[-2:])
-    gram = current.new_empty(len(current), current.shape[-2], current.shape[-2])
+    side = min(X.shape[-2:])
+    gram = current.new_empty(len(current), side, side)
     square, following = torch.empty_like(gram), torch.empty_like(current)
     for a, b, c in rows:
-        torch.bmm(current, current.mT, out=gram)
+        # The smaller of XX^T and X^TX: a tall matrix is never transposed in memory, only in effect.
+        torch.bmm(*((current.mT, current) if tall else (current, current.mT)), out=gram)
         if c == 0.0:
-            torch.baddbmm(current, gram, current, beta=a, alpha=b, out=following)
+            step, alpha = gram, b
         else:
-            torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=square)
-            torch.baddbmm(current, square, current, beta=a, out=following)
+            step, alpha = torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=square), 1.0
+        factors = (current, step) if tall else (step, current)
+        torch.baddbmm(current, *factors, beta=a, alpha=alpha, out=following)
         current, following = following, current
-    result = current.view(wide.shape)
-    return result.mT if tall else result
+    return current.view(X.shape)
 
 
 def _normalized(X: Tensor) -> Tensor:
