@@ -76,7 +76,11 @@ policy:
 data:
   max_input_seq_length: ${policy.max_total_sequence_length}
   num_workers: 1
-  train: {dataset_name: OpenMathInstruct-2, output_key: generated_solution, split: train_1M, split_validation_size: 0.05}
+  train:
+    dataset_name: OpenMathInstruct-2
+    output_key: generated_solution
+    split: train_1M
+    split_validation_size: 0.05
   validation: null
   default: {prompt_file: null, processor: sft_processor}
 logger:

@@ -317,6 +317,8 @@ def test_everything_is_reported_at_once(refused, write):
 def test_a_bad_value_hides_no_conflict_and_invents_none(refused):
     report = refused("cluster.gpus_per_node=x", "policy.dtensor_cfg.tensor_parallel_size=7")
     assert report.startswith("1 problem ")
+    decay = ("policy.scheduler.lr_decay_style=linear", "policy.optimizer.min_lr=1e-4")
+    assert refused("policy.optimizer.lr=x", *decay).startswith("1 problem ")
     report = refused("sft.seed=x", "cluster.gpus_per_node=3")
     assert report.startswith("2 problems ")
 
