@@ -223,7 +223,7 @@ def test_a_folder_that_is_a_file_is_refused_at_start(open_run, tmp_path):
 def test_everything_is_flushed_before_the_name_appears_and_the_name_after(
     open_run, tmp_path, monkeypatch
 ):
-    """What a power cut needs, which no test can make: files and folders, rename, then the parent."""
+    """What a power cut needs, which no test can make: all files and folders, then their name."""
     log = []
     genuine = os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: log.append(os.readlink(f"/proc/self/fd/{fd}")))
