@@ -39,7 +39,7 @@ class RemotePolicy:
         self._group.wait_ready()
 
     def begin(self, total_steps: int) -> PolicyFacts:
-        """Lays the schedules over this many steps; the model, who owns its parameters, where it runs."""
+        """Lays the schedules over this many steps; the model, its parameters' owners, and where."""
         facts: PolicyFacts = self._group.call_all("begin", total_steps)[0]
         return facts
 
@@ -67,11 +67,11 @@ class RemotePolicy:
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Every rank writes its part of model, optimizer and RNG state into `folder`."""
-        self._group.call_all("save", folder, with_optimizer=with_optimizer)
+        self._group.call_all("save", folder.absolute(), with_optimizer=with_optimizer)
 
     def load(self, folder: Path) -> None:
         """Every rank takes its part of the state that `save` wrote, in whatever layout."""
-        self._group.call_all("load", folder)
+        self._group.call_all("load", folder.absolute())
 
     def save_finished(self) -> bool:
         """Whether every rank has written what its last `save` began; raises what went wrong."""

@@ -96,7 +96,8 @@ class SumBackend:
             yield f"w{i}", torch.full((4,), float(i), dtype=torch.bfloat16)
 
     def save(self, folder, *, with_optimizer):
-        self.saved.append((str(folder), with_optimizer))
+        assert folder.is_absolute(), "a worker has a working folder of its own"
+        self.saved.append(with_optimizer)
 
     def save_finished(self):
         return len(self.saved) == 1 or self.rank > 0
@@ -213,6 +214,13 @@ def test_what_workers_print_is_kept_in_files(healthy):
     group, logs = healthy
     group.wait_ready()
     assert "rank 1 was made" in (logs / "policy_rank1.log").read_text()
+
+
+def test_a_ctrl_c_of_the_terminal_does_not_end_workers(healthy):
+    group, _ = healthy
+    for pid in group.call_all("pid"):
+        os.kill(pid, signal.SIGINT)
+    assert group.call_all("add", 1) == [(0, 1), (1, 1)]
 
 
 def test_our_errors_arrive_as_themselves_and_leave_the_group_usable_when_all_answered(healthy):
