@@ -1,14 +1,14 @@
 """The records that travel between algorithm, backend and engine.
 
 Shape legend (suffixes of tensor names, used in the whole package):
-    P prompts, G samples of one prompt, B sequences, T tokens of one sequence, N tokens of all sequences
-    laid end to end, V vocabulary, D model width.
+    P prompts, G samples of one prompt, B sequences, T tokens of one sequence, N tokens of all
+    sequences laid end to end, V vocabulary, D model width.
 
-Four log-probabilities, never mixed: `sampled_` (from the rollout engine), `old_` (the policy at the start
-of the step), `ref_` (the frozen start weights), and bare `logprobs` (with gradient).
+Four log-probabilities, never mixed: `sampled_` (from the rollout engine), `old_` (the policy at the
+start of the step), `ref_` (the frozen start weights), and bare `logprobs` (with gradient).
 
-Batches are ragged: sequences lie end to end, without padding. How a backend pads or packs them into rows is
-its own affair, so no loss can depend on it.
+Batches are ragged: sequences lie end to end, without padding. How a backend pads or packs them into
+rows is its own affair, so no loss can depend on it.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Prompt:
 class Rollout:
     """One completion of a prompt.
 
-    `token_ids` and `sampled_logprobs` (nats) hold the completion alone, its end-of-sequence token included.
-    `weights_version` is the number of the weight update that the engine had applied.
+    `token_ids` and `sampled_logprobs` (nats) hold the completion alone, its end-of-sequence token
+    included. `weights_version` is the number of the weight update that the engine had applied.
     """
 
     prompt: Prompt
@@ -93,11 +93,13 @@ class SamplingParams:
 class TrainBatch:
     """Sequences laid end to end, and the denominators of the whole optimizer step.
 
-    `num_loss_tokens` and `num_sequences` count the *global* batch, whatever part of it this object holds:
-    that is why micro-batches, packing and the number of data-parallel ranks never change a loss.
+    `num_loss_tokens` and `num_sequences` count the *global* batch, whatever part of it this object
+    holds: that is why micro-batches, packing and the number of data-parallel ranks never change a
+    loss.
 
     Example, of two sequences "ab" -> "c" and "d" -> "ef":
-        token_ids_N = [a b c d e f], loss_mask_N = [0 0 1 0 1 1], lengths_B = [3 3], num_loss_tokens = 3
+        token_ids_N = [a b c d e f], loss_mask_N = [0 0 1 0 1 1], lengths_B = [3 3], num_loss_tokens
+        = 3
     """
 
     token_ids_N: Tensor
@@ -132,14 +134,17 @@ class TrainBatch:
     def select(self, rows: Sequence[int]) -> TrainBatch:
         """These sequences, in this order, with the global denominators unchanged."""
         index = self.token_index(rows)
-        per_token = {name: value[index] for name, value in self._tensors() if name.endswith("_N")}
+        per_token: dict[str, Any] = {
+            name: value[index] for name, value in self._tensors() if name.endswith("_N")
+        }
         return dataclasses.replace(self, lengths_B=self.lengths_B[list(rows)], **per_token)
 
     def to(self, device: torch.device) -> TrainBatch:
         """The same batch on a device."""
-        return dataclasses.replace(
-            self, **{name: value.to(device, non_blocking=True) for name, value in self._tensors()}
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in self._tensors()
+        }
+        return dataclasses.replace(self, **moved)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
@@ -176,8 +181,8 @@ class StepStats:
 class PolicyFacts:
     """What a policy tells about itself, the same on every rank.
 
-    `model` is the content of the model's config.json. `owners` has one record per trainable parameter:
-    name, shape, optimizer, reason. `num_parameters` counts tied parameters once.
+    `model` is the content of the model's config.json. `owners` has one record per trainable
+    parameter: name, shape, optimizer, reason. `num_parameters` counts tied parameters once.
     """
 
     model: dict[str, Any]

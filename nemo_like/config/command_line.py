@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Generic, Literal, NoReturn
 
 from nemo_like.config import compat, compose
-from nemo_like.config.draft import Draft, Origin, Problem
+from nemo_like.config.base import Node
+from nemo_like.config.draft import DEFAULT, Draft, Origin, Problem
 from nemo_like.config.help import help_text
 from nemo_like.config.report import nearest_choice, report
 from nemo_like.config.schema import defaults, known_paths
 from nemo_like.config.validate import Tree, validate
 from nemo_like.errors import ConfigError
 
+CHECKPOINT_DIR = "checkpointing.checkpoint_dir"
+AUTO = "auto"
 Mode = Literal["run", "dry_run", "print_config", "help"]
 OPTIONS = {
     "--config": "FILE     the configuration (from here, from the repository, or from its configs/)",
@@ -102,6 +106,9 @@ def _trees(
             _own_checkpoints(draft, index, overrides.swept)
         draft.problems[:0] = problems
         node, found = validate(draft, tree, schema.known)
+        if node is not None and draft.seen(CHECKPOINT_DIR)[1] == AUTO:
+            draft.put(CHECKPOINT_DIR, _named_after(node, path), DEFAULT)
+            node, found = validate(draft, tree, schema.known)
         if node is None:
             raise ConfigError(report(found, draft))
         trees.append(node)
@@ -116,17 +123,22 @@ def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> compo
         raise ConfigError(report([*problems, Problem(str(error))])) from error
 
 
+def _named_after(node: Node, path: Path) -> str:
+    """A folder for the checkpoints of this model, data and seed: another configuration, another folder."""
+    what = node.model_dump_json(include={"policy": True, "data": True, "sft": {"seed"}})
+    return f"results/{path.stem}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+
+
 def _own_checkpoints(draft: Draft, index: int, swept: Sequence[str]) -> None:
     """Runs of a sweep must not resume from each other."""
-    key = "checkpointing.checkpoint_dir"
-    if any(text.startswith(key) for text in swept):
+    folder = draft.seen(CHECKPOINT_DIR)[1]
+    if folder == AUTO or any(text.startswith(CHECKPOINT_DIR) for text in swept):
         return
-    folder = draft.seen(key)[1]
     pairs = (text.partition("=") for text in swept)
     name = ",".join(f"{key_path.rpartition('.')[2]}={value}" for key_path, _, value in pairs)
     name = re.sub(r"[^\w.=,+-]+", "_", name)
     last = max((o.layer for o in draft.origins.values()), default=0) + 1
-    draft.put(key, f"{folder}/{index}_{name}", Origin(last, "--multirun"))
+    draft.put(CHECKPOINT_DIR, f"{folder}/{index}_{name}", Origin(last, "--multirun"))
 
 
 class _Parser(argparse.ArgumentParser):

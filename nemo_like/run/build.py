@@ -52,7 +52,8 @@ class EngineFactory:
         folder = model_folder(self.policy.model_name, with_weights=False)
         config = load_hf_config(folder, self.policy.hf_config_overrides)
         return HFEngine(
-            config.to_dict(), lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+            config.to_dict(),
+            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         )
 
 

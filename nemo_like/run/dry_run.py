@@ -91,4 +91,4 @@ def _memory_table(rows: Iterable[Row], config: DTensorConfig, placement: Placeme
     }
     kinds["together"] = sum(kinds.values())
     lines = tuple((kind, f"{size / 1e9:,.3f}") for kind, size in kinds.items())
-    return Table("Memory of one rank, without activations", ("", "GB"), lines)
+    return Table("One rank's memory (no activations)", ("", "GB"), lines)

@@ -29,6 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class DTensorBackend(RankBackend):
     """FSDP2 with fp32 master weights, HSDP, tensor and sequence parallelism, on GPUs or on a CPU."""
 
+    model: models.CausalLM
+
     def __init__(
         self,
         policy: PolicyConfig,
@@ -72,11 +74,13 @@ class DTensorBackend(RankBackend):
         return zeros_N.index_put((rows.source_M,), logprobs_M)
 
     def _finish_gradients(self) -> None:
-        # FSDP2 has reduced its own. Without it, a weight that acts on every rank's heads (q_norm) or part of
-        # the sequence (layer norms) still has one part of its gradient on each rank.
+        # FSDP2 has reduced its own. Without it, a weight that acts on every rank's heads (q_norm)
+        # or part of the sequence (layer norms) still has one part of its gradient on each rank.
         for parameter in self.model.parameters():
             gradient = parameter.grad
-            if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+            if not (isinstance(gradient, DTensor) and isinstance(parameter, DTensor)):
+                continue
+            if gradient.placements != parameter.placements:
                 parameter.grad = gradient.redistribute(placements=parameter.placements)
 
     def close(self) -> None:

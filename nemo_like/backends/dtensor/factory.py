@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class DTensorFactory:
     """Picklable, and imports nothing heavy before it is called, in the worker.
 
-    `seed` gives a newborn model's weights; `skip_budget` is how many steps with a non-finite loss or gradient
-    may be left out.
+    `seed` gives a newborn model's weights; `skip_budget` is how many steps with a non-finite loss
+    or gradient may be left out.
     """
 
     policy: PolicyConfig

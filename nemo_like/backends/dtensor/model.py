@@ -27,7 +27,9 @@ class CausalLM(nn.Module):
     The head's weight is used inside this module's `forward`, where FSDP2 has gathered it.
     """
 
-    def __init__(self, hf: nn.Module, *, chunk_size: int, sequence_parallel: bool) -> None:
+    hf: Any  # torch's types know no attributes of transformers' modules
+
+    def __init__(self, hf: Any, *, chunk_size: int, sequence_parallel: bool) -> None:
         super().__init__()
         self.hf = hf
         self.chunk_size = chunk_size
@@ -85,7 +87,7 @@ def load_hf_config(folder: Path, overrides: Mapping[str, Any]) -> Any:
     return hf_config
 
 
-def new_hf_model(hf_config: Any, *, device: str) -> nn.Module:
+def new_hf_model(hf_config: Any, *, device: str) -> Any:
     """A model of one of the supported families in fp32; on the `meta` device it has no memory yet.
 
     Raises:

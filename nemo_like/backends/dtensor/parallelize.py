@@ -1,10 +1,12 @@
 """How a Hugging Face causal LM is laid over the ranks: FSDP2 over data-parallel ranks, DTensor tensor parallelism.
 
-One table says what tensor parallelism does to each module of a decoder layer, by the last part of its name. A
-Linear that the table does not know is an error, not a silently replicated matrix.
+One table says what tensor parallelism does to each module of a decoder layer, by the last part of
+its name. A Linear that the table does not know is an error, not a silently replicated matrix.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,11 +52,12 @@ def build_mesh(config: DTensorConfig, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
 
 
-def tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
+def tensor_parallel(model: Any, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
     """Shard the model's matrices over the `tp` mesh, in place.
 
-    Between blocks the hidden states are whole on every rank, or, with `sequence_parallel`, sharded along the
-    sequence. Embedding and head are sharded along the vocabulary; the head is never called as a module.
+    Between blocks the hidden states are whole on every rank, or, with `sequence_parallel`, sharded
+    along the sequence. Embedding and head are sharded along the vocabulary; the head is never
+    called as a module.
 
     Raises:
         ConfigError: heads can not be divided, or a Linear is not in the table.
@@ -98,8 +101,9 @@ def _style(name: str, module: nn.Module, between: Shard | Replicate) -> Parallel
     if leaf in ROW_WISE:
         return RowwiseParallel(output_layouts=between)
     if leaf in HEAD_NORMS:
-        # The same weight acts on every head, and heads (dimension 2) are spread over the ranks: this is what
-        # sequence parallelism does along another dimension, the sum of the weight's gradients included.
+        # The same weight acts on every head, and heads (dimension 2) are spread over the ranks:
+        # this is what sequence parallelism does along another dimension, the sum of the weight's
+        # gradients included.
         return SequenceParallel(sequence_dim=2, use_local_output=True)
     if leaf in BLOCK_NORMS:
         return None if between == Replicate() else SequenceParallel(use_local_output=True)
@@ -120,7 +124,7 @@ def _style(name: str, module: nn.Module, between: Shard | Replicate) -> Parallel
 
 
 def shard_parameters(
-    model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype, cpu_offload: bool
+    model: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype, cpu_offload: bool
 ) -> None:
     """Apply FSDP2 in place: one unit per decoder layer, the rest in the root; gradients are summed.
 
@@ -129,7 +133,7 @@ def shard_parameters(
     replicate, shard = mesh["dp_replicate"].size(), mesh["dp_shard"].size()
     if replicate * shard == 1 and compute_dtype == torch.float32 and not cpu_offload:
         return
-    options = {
+    options: dict[str, Any] = {
         "mesh": mesh["dp_replicate", "dp_shard"] if replicate > 1 else mesh["dp_shard"],
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
     }
