@@ -6,7 +6,6 @@ import dataclasses
 import faulthandler
 import os
 import queue
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -36,8 +35,6 @@ class Worker:
         self._object: Any = None
         self._stream: Iterator[list[Any]] = iter(())
         self._feed: _Feed | None = None
-        # Ctrl-C reaches every process of the terminal; what it means is the driver's decision.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         identity.log_file.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(identity.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
