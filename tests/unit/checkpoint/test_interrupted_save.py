@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 
-from nemo_like.checkpoint import layout
+from nemo_like.checkpoint import layout, manifest
 from nemo_like.checkpoint.store import load_state
 from tests.unit.checkpoint.small_run import states_of, write_step
 
@@ -66,6 +66,8 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint_and_the_same_command_g
         root = shutil.copytree(tmp_path / "before", tmp_path / f"run_{kill_at}")
         open_here = functools.partial(open_run, checkpoint_dir=str(root), keep_top_k=1)
         code = save_and_die(open_here, kill_at)
+        for step in layout.find_steps(root):
+            manifest.verify(layout.step_folder(root, step))  # half a deletion has no such name
         with open_here() as checkpoints:
             saved = checkpoints.latest_good()
             assert_whole(saved)
