@@ -6,6 +6,9 @@ from contextlib import nullcontext
 
 import torch
 
+from nemo_like.checkpoint import rng
+from nemo_like.checkpoint.layout import MODEL, OPTIMIZER
+from nemo_like.checkpoint.store import StateWriter
 from nemo_like.types import Example, Metric, PolicyFacts, StepStats
 
 
@@ -67,3 +70,47 @@ class FakeJournal:
 
     def record_validation(self, step, metrics):
         self.events.append(("validation", step))
+
+
+class SavingPolicy(FakePolicy):
+    """Writes one real tensor; `polls` is how often a save says that it is not finished yet."""
+
+    def __init__(self, *, polls=0, fails=None):
+        super().__init__()
+        self.polls = polls
+        self.fails = fails
+        self.pending = 0
+        self.loaded = None
+
+    def save(self, folder, *, with_optimizer=True):
+        state = {"w": torch.full((2,), self.logprob)}
+        with StateWriter(asynchronous=False) as writer:
+            writer.save(folder, {MODEL: state} | ({OPTIMIZER: state} if with_optimizer else {}))
+        rng.save(folder, rank=0, world_size=1)
+        self.pending = self.polls
+
+    def save_finished(self):
+        if self.fails is not None:
+            raise self.fails
+        self.pending -= 1
+        return self.pending < 0
+
+    def load(self, folder):
+        self.loaded = folder
+
+    def export_weights(self):
+        yield "w", torch.ones(2)
+
+
+class FakeSink:
+    """Remembers what it was told, and what lay on the disk then."""
+
+    def __init__(self, seen=lambda: None):
+        self.seen = seen
+        self.lines = []
+
+    def log(self, step, values):
+        self.lines.append((step, values, self.seen()))
+
+    def close(self):
+        pass

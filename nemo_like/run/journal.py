@@ -1,7 +1,7 @@
 """What hangs on every step: metrics, timing, checkpoints, signals and the time limit.
 
-The algorithm reports (`phase`, `record`, `record_validation`) and asks for the next step; everything else
-happens in between, so that no algorithm contains any of it.
+The algorithm reports (`phase`, `record`, `record_validation`) and asks for the next step;
+everything else happens in between, so that no algorithm contains any of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from typing import Any
 
 from nemo_like.checkpoint.checkpoints import Checkpoints
 from nemo_like.config.run import CheckpointingConfig
+from nemo_like.errors import NemoLikeError
 from nemo_like.interfaces import MetricSink, Policy
 from nemo_like.observability.metrics import flatten
 from nemo_like.observability.timing import StepClock
@@ -29,19 +30,23 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Why a run should end after the step it is in; None while it should not.
 
-    The first SIGINT, SIGTERM or SIGUSR1 asks; a second one acts as if nobody handled it.
+    The first SIGINT, SIGTERM or SIGUSR1 asks; the same one again acts as if nobody handled it.
+    `must_save_by` is the time since `began`, a reading of `now` (seconds).
     """
 
-    def __init__(self, *, must_save_by: str | None) -> None:
+    def __init__(
+        self, *, must_save_by: str | None, began: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._signal: str | None = None
-        self._deadline = None if must_save_by is None else time.monotonic() + seconds(must_save_by)
+        self._now = now
+        self._deadline = None if must_save_by is None else began + seconds(must_save_by)
 
     @property
     def reason(self) -> str | None:
         """What asked for the end."""
         if self._signal is not None:
             return self._signal
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._deadline is not None and self._now() >= self._deadline:
             return "checkpointing.checkpoint_must_save_by"
         return None
 
@@ -83,8 +88,8 @@ class _Draft:
 class RunJournal:
     """The journal of a real run.
 
-    `position` gives, as JSON, what besides the policy a continued run needs: where in the data it is.
-    `export` writes what else belongs into a checkpoint folder.
+    `position` gives, as JSON, what besides the policy a continued run needs: where in the data it
+    is. `export` writes what else belongs into a checkpoint folder.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class RunJournal:
         config: CheckpointingConfig,
         sinks: Sequence[MetricSink],
         clock: StepClock,
+        stop: StopRequest,
         steps: range,
     ) -> None:
         self._policy = policy
@@ -107,7 +113,7 @@ class RunJournal:
         self._sinks = sinks
         self._clock = clock
         self._steps = steps
-        self._stop = StopRequest(must_save_by=config.checkpoint_must_save_by)
+        self._stop = stop
         self._train: dict[str, float] = {}
         self._validation: dict[str, float] = {}
         self._tokens = 0
@@ -167,10 +173,12 @@ class RunJournal:
             self._validation = {}
 
     def close(self) -> None:
-        """Drop a checkpoint that is not whole; safe to call twice."""
-        if self._draft is not None and self._checkpoints is not None:
-            self._checkpoints.abort(self._draft.step)
-            self._draft = None
+        """Finish the checkpoint that is being written, or drop it if it can not be; safe to call twice.
+
+        After a normal end there is none, and after an error that error is the one to tell.
+        """
+        with suppress(NemoLikeError):
+            self._commit(wait=True)
 
     def _write(self, step: int) -> None:
         timing = self._clock.finish(step, num_tokens=self._tokens, nested=self._nested)
@@ -189,19 +197,29 @@ class RunJournal:
             self._commit(wait=True)
             folder = self._checkpoints.begin(step)
             ranked = _prefixed("train:", self._train) | _prefixed("val:", self._validation)
+            try:
+                # Last what goes on in the background: whatever fails, nobody writes here any more.
+                self._export(folder)
+                self._policy.save(folder, with_optimizer=self._config.save_optimizer)
+            except BaseException:
+                self._checkpoints.abort(step)
+                raise
             self._draft = _Draft(step, ranked, self._position())
-            self._policy.save(folder, with_optimizer=self._config.save_optimizer)
-            self._export(folder)
 
     def _commit(self, *, wait: bool) -> None:
         """Make the draft a checkpoint once its last byte is written; with `wait`, not before that."""
         if self._draft is None or self._checkpoints is None:
             return
         with self.phase("checkpoint"):
-            while not self._policy.save_finished():
-                if not wait:
-                    return
-                time.sleep(0.05)
+            try:
+                while not self._policy.save_finished():
+                    if not wait:
+                        return
+                    time.sleep(0.05)
+            except NemoLikeError:
+                self._checkpoints.abort(self._draft.step)
+                self._draft = None
+                raise
             draft, self._draft = self._draft, None
             self.last_saved = self._checkpoints.commit(
                 draft.step, metrics=draft.metrics, data=draft.position

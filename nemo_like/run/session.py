@@ -16,11 +16,11 @@ from nemo_like.checkpoint import layout
 from nemo_like.checkpoint.checkpoints import Checkpoints, RunIdentity, SavedCheckpoint
 from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.hf_export import write_hf
-from nemo_like.checkpoint.manifest import RunLayout
+from nemo_like.checkpoint.manifest import RunLayout, verify
 from nemo_like.config.command_line import to_yaml
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.config.sft import SFTTree
-from nemo_like.errors import EXIT_INTERRUPTED, CheckpointError, NemoLikeError
+from nemo_like.errors import EXIT_INTERRUPTED, CheckpointError, NemoLikeError, WorkerError
 from nemo_like.interfaces import Policy
 from nemo_like.observability.console import RunConsole, duration
 from nemo_like.observability.records import Answer, collect_facts, ownership_table
@@ -29,8 +29,11 @@ from nemo_like.observability.run_folder import RunFolder
 from nemo_like.observability.secrets import redact
 from nemo_like.observability.sinks import build_sinks
 from nemo_like.observability.timing import StepClock, flops_per_token, peak_flops
-from nemo_like.run.journal import RunJournal
+from nemo_like.run.journal import RunJournal, StopRequest
 from nemo_like.types import PolicyFacts
+
+LOG_FOLDER = "log_folder"
+"""Where a checkpoint's position in the data says which log folder the run has."""
 
 
 class Resumable(Protocol):
@@ -56,6 +59,7 @@ class Session:
         self._began = time.monotonic()
         self._console = RunConsole()
         self._checkpoint_root = Path(tree.checkpointing.checkpoint_dir)
+        self._journal: RunJournal | None = None
         self.folder = self._open_folder()
 
     def run(self, body: Callable[[Session, ExitStack], int]) -> int:
@@ -65,14 +69,10 @@ class Session:
                 stack.callback(self._console.close)
                 return body(self, stack)
         except NemoLikeError as error:
-            steps = layout.find_steps(self._checkpoint_root)
-            self._console.error(
-                error,
-                last_checkpoint=layout.step_folder(self._checkpoint_root, steps[-1])
-                if steps
-                else None,
-                next_command=_command() if steps else None,
-            )
+            # What is wrong with anything but a worker is wrong again next time: its message has the
+            # cure.
+            again = _command() if isinstance(error, WorkerError) else None
+            self._console.error(error, last_checkpoint=self._last_good(), next_command=again)
             return error.exit_code
 
     def say(self, text: str) -> None:
@@ -103,6 +103,12 @@ class Session:
         if saved is not None:
             self._continue(saved, policy, data)
             done = saved.step
+            if done >= total_steps:
+                self.say(
+                    f"nothing is left to do: {saved.folder} is the end of this run of {total_steps} steps. To "
+                    "train on, raise the number of steps; to begin anew, set another "
+                    "checkpointing.checkpoint_dir"
+                )
         table = ownership_table(facts.owners)
         self._console.table(table)
         self.folder.write_tables([table])
@@ -113,14 +119,20 @@ class Session:
             stack.callback(sink.close)
         journal = RunJournal(
             policy=policy,
-            position=lambda: {"data": data.state(), "log_folder": str(self.folder.path)},
+            position=lambda: {"data": data.state(), LOG_FOLDER: str(self.folder.path.absolute())},
             export=self._exporter(policy, facts, tokenizer),
             checkpoints=checkpoints,
             config=self._tree.checkpointing,
             sinks=sinks,
             clock=self._clock(facts, total_steps, tokens_per_sequence),
+            stop=StopRequest(
+                must_save_by=self._tree.checkpointing.checkpoint_must_save_by, began=self._began
+            ),
             steps=range(done + 1, total_steps + 1),
         )
+        if saved is not None:
+            journal.last_saved = saved.folder
+        self._journal = journal
         stack.callback(journal.close)
         self._console.start(total_steps, done=done)
         return journal
@@ -150,16 +162,30 @@ class Session:
         return 0
 
     def _open_folder(self) -> RunFolder:
+        """A new log folder, or that of the run to continue, untouched until its checkpoint is verified."""
         log_dir = self._tree.logger.log_dir
         steps = layout.find_steps(self._checkpoint_root)
         if not (self._tree.checkpointing.enabled and steps):
             return RunFolder.create(log_dir)
         newest = layout.step_folder(self._checkpoint_root, steps[-1])
         try:
-            position = read_json(newest / layout.DATA)
-        except CheckpointError:  # said in full when the checkpoint is verified
+            before = Path(read_json(newest / layout.DATA)[LOG_FOLDER])
+        except (CheckpointError, LookupError, TypeError):  # named in full when it is verified
             return RunFolder.create(log_dir)
-        return RunFolder.reopen(position["log_folder"], step=steps[-1])
+        return RunFolder(before) if before.is_dir() else RunFolder.create(log_dir)
+
+    def _last_good(self) -> Path | None:
+        """The newest whole checkpoint."""
+        if self._journal is not None and self._journal.last_saved is not None:
+            return self._journal.last_saved
+        for step in reversed(layout.find_steps(self._checkpoint_root)):
+            folder = layout.step_folder(self._checkpoint_root, step)
+            try:
+                verify(folder)
+            except CheckpointError:
+                continue
+            return folder
+        return None
 
     def _open_checkpoints(self, facts: PolicyFacts, stack: ExitStack) -> Checkpoints | None:
         if not self._tree.checkpointing.enabled:
@@ -176,8 +202,9 @@ class Session:
         return checkpoints
 
     def _continue(self, saved: SavedCheckpoint, policy: Policy, data: Resumable) -> None:
-        policy.load(saved.folder)
         data.load_state(saved.data["data"])
+        policy.load(saved.folder)
+        self.folder = RunFolder.reopen(self.folder.path, step=saved.step)
         self.say(f"continuing from {saved.folder}")
         if saved.differences:
             self.say("not exact to the bit, only to round-off: " + "; ".join(saved.differences))
@@ -225,9 +252,14 @@ class Session:
         )
 
     def _next_command(self) -> str:
-        if "optimizer=muon" in _command():
-            return f"{_command()} cluster.gpus_per_node=0 cluster.cpu_workers_per_node=2"
-        return f"{_command()} policy.optimizer.optimizer=muon"
+        """The same with Muon, in a folder of its own; after Muon, what a real model would take."""
+        if self._tree.policy.active_optimizer.is_muon:
+            return shlex.join(
+                ["uv", "run", sys.argv[0], "--config", self._tree.real_config, "--dry-run"]
+            )
+        folder = f"{self._tree.checkpointing.checkpoint_dir}_muon"
+        overrides = ["policy.optimizer.optimizer=muon", f"checkpointing.checkpoint_dir={folder}"]
+        return f"{_command()} {shlex.join(overrides)}"
 
 
 def read_model_config(policy: PolicyConfig) -> dict[str, Any]:
