@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class DTensorBackend(RankBackend):
-    """FSDP2 with fp32 master weights, HSDP, tensor and sequence parallelism, on GPUs or on a CPU."""
+    """FSDP2 with fp32 master weights, HSDP, tensor and sequence parallelism, on GPUs or a CPU."""
 
     model: models.CausalLM
 
@@ -43,8 +43,8 @@ class DTensorBackend(RankBackend):
         self._joined, device = _join_process_group()
         if config.cpu_offload and device.type == "cpu":
             raise ConfigError(
-                "policy.dtensor_cfg.cpu_offload=true moves state from a GPU to the host, and this worker runs "
-                "on a CPU; set it to false"
+                "policy.dtensor_cfg.cpu_offload=true moves state from a GPU to the host, and this "
+                "worker runs on a CPU; set it to false"
             )
         self.mesh = build_mesh(config, device.type)
         model = _build_model(policy, self.mesh, device, seed=seed)
@@ -104,14 +104,16 @@ class DTensorBackend(RankBackend):
 
 
 def _join_process_group() -> tuple[bool, torch.device]:
-    """Whether a process group of all ranks (of one, without an environment) was made; this rank's device."""
+    """Whether a process group was made here, and this rank's device.
+
+    It is a group of all ranks; of one, without an environment that describes more.
+    """
     has_gpu = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if has_gpu
-        else torch.device("cpu")
-    )
+    device = torch.device("cpu")
     if has_gpu:
+        # Ray shows each worker its own GPU alone; other launchers show all of a machine's.
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     joined = not dist.is_initialized()
     if joined:
