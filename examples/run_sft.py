@@ -1,8 +1,12 @@
-"""Supervised fine-tuning.
+r"""Supervised fine-tuning.
 
-    uv run examples/run_sft.py                                   a tiny model learns arithmetic, in a minute
-    uv run examples/run_sft.py policy.optimizer.optimizer=muon   the same with Muon
-    uv run examples/run_sft.py --config configs/sft.yaml policy.model_name=... data.train.data_path=...
+Without arguments a tiny model learns arithmetic, in a minute. The second line does the same with
+Muon, the third trains a model of your choice on your data.
+
+    uv run examples/run_sft.py
+    uv run examples/run_sft.py policy.optimizer.optimizer=muon
+    uv run examples/run_sft.py --config configs/sft.yaml \
+        policy.model_name=... data.train.data_path=...
     uv run examples/run_sft.py --help
 """
 

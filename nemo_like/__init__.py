@@ -1,3 +1,6 @@
-"""LLM post-training that one person can read: SFT, GRPO and DAPO, with Muon as easy as AdamW on every layout."""
+"""LLM post-training that one person can read: SFT, GRPO and DAPO.
+
+Muon is as easy as AdamW, on every layout.
+"""
 
 __version__ = "0.1.0"

@@ -1,17 +1,17 @@
 """Every error that a run can end with, and the exit code it ends with.
 
-A message says what was found, what was expected, and which key to change. All of these survive pickling,
-because workers raise them in other processes.
+A message says what was found, what was expected, and which key to change. All of these survive
+pickling, because workers raise them in other processes.
 """
 
 from __future__ import annotations
 
 EXIT_INTERRUPTED = 75
-"""Exit code of a run that a signal or a time limit ended after saving (`EX_TEMPFAIL`: start it again)."""
+"""`EX_TEMPFAIL`, start it again: a signal or a time limit ended the run, after saving."""
 
 
 class NemoLikeError(Exception):
-    """The root of the tree; `exit_code` is what the process returns when nothing else handles it."""
+    """The root of the tree; `exit_code` is what the process returns if nothing else handles it."""
 
     exit_code = 1
 

@@ -1,8 +1,8 @@
 """The Protocols between the algorithms and the world. Read this file first.
 
 An algorithm sees a `Policy` (the model that learns), a `Generator` (the engine that samples), an
-`Environment` (what rewards) and a `Journal` (metrics, checkpoints, signals), and nothing of torch.distributed,
-Ray, vLLM or transformers. `PolicyBackend` is one rank's half of a `Policy`.
+`Environment` (what rewards) and a `Journal` (metrics, checkpoints, signals), and nothing of
+torch.distributed, Ray, vLLM or transformers. `PolicyBackend` is one rank's half of a `Policy`.
 """
 
 from __future__ import annotations
@@ -29,20 +29,26 @@ from nemo_like.types import (
 class Loss(Protocol):
     """A loss over one micro-batch; picklable, since it travels to the workers.
 
-    Shapes: `logprobs_N` is aligned with `batch.token_ids_N`: entry t is log p(token t | tokens before t in
-    its sequence) where `batch.loss_mask_N` is set, and 0 elsewhere.
+    Shapes: `logprobs_N` is aligned with `batch.token_ids_N`: entry t is log p(token t | tokens
+    before t in its sequence) where `batch.loss_mask_N` is set, and 0 elsewhere.
     """
 
     def __call__(self, logprobs_N: Tensor, batch: TrainBatch) -> tuple[Tensor, Metrics]:
-        """This micro-batch's share of the global loss (summing shares gives the loss), and metrics."""
+        """This micro-batch's share of the global loss (the shares sum to it), and metrics."""
         ...
 
 
 class PolicyBackend(Protocol):
-    """One rank of a model in training. Parallel forms, packing and offload are its private affair."""
+    """One rank of a model in training.
+
+    Parallel forms, packing and offload are its private affair.
+    """
 
     def logprobs(self, shard: Shard) -> Tensor:
-        """Log-probabilities (nats, fp32, no gradient) aligned with `shard.batch.token_ids_N`. Shapes: [N]."""
+        """Log-probabilities (nats, fp32, no gradient) aligned with `shard.batch.token_ids_N`.
+
+        Shapes: [N].
+        """
         ...
 
     def train_step(self, shard: Shard, loss: Loss) -> StepStats:
@@ -50,15 +56,18 @@ class PolicyBackend(Protocol):
         ...
 
     def begin(self, total_steps: int) -> PolicyFacts:
-        """Lay the schedules over this many steps; the model, who owns its parameters, and where it runs."""
+        """Lay the schedules over this many steps.
+
+        The result names the model, who owns its parameters, and where it runs.
+        """
         ...
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
-        """Write this rank's part of the state; returns when it is written or (asynchronous) copied."""
+        """Write this rank's part of the state; returns once written or (asynchronous) copied."""
         ...
 
     def save_finished(self) -> bool:
-        """Whether this rank's part of the last save is written; raises what went wrong meanwhile."""
+        """Whether this rank's last save is written; raises what went wrong meanwhile."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -66,7 +75,7 @@ class PolicyBackend(Protocol):
         ...
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors by Hugging Face name; a collective: every rank iterates, and gets the same."""
+        """Whole tensors by Hugging Face name; a collective: all ranks iterate, and get the same."""
         ...
 
     def close(self) -> None:
@@ -78,7 +87,10 @@ class Policy(Protocol):
     """The model in training, seen whole: the same verbs on the global batch."""
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
-        """Log-probabilities (nats, fp32, no gradient) aligned with `batch.token_ids_N`. Shapes: [N]."""
+        """Log-probabilities (nats, fp32, no gradient) aligned with `batch.token_ids_N`.
+
+        Shapes: [N].
+        """
         ...
 
     def train_step(self, batch: TrainBatch, loss: Loss) -> StepStats:
@@ -86,11 +98,14 @@ class Policy(Protocol):
         ...
 
     def begin(self, total_steps: int) -> PolicyFacts:
-        """Lay the schedules over this many steps; the model, who owns its parameters, and where it runs."""
+        """Lay the schedules over this many steps.
+
+        The result names the model, who owns its parameters, and where it runs.
+        """
         ...
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        """Write model, optimizer and RNG state; returns when it is written or (asynchronous) copied."""
+        """Write model, optimizer and RNG state; returns once written or (asynchronous) copied."""
         ...
 
     def save_finished(self) -> bool:
@@ -147,7 +162,7 @@ class MetricSink(Protocol):
 
 
 class Journal(Protocol):
-    """What hangs on every step, kept out of the algorithms: metrics, timing, checkpoints, signals."""
+    """What hangs on every step, kept out of algorithms: metrics, timing, checkpoints, signals."""
 
     @property
     def first_step(self) -> int:
@@ -157,8 +172,8 @@ class Journal(Protocol):
     def steps(self) -> Iterator[int]:
         """The steps still to do; ends early at a signal or a time limit, after a checkpoint.
 
-        What hangs on a step happens when the next one is asked for: its metrics are written, and the
-        checkpoint that is due is saved.
+        What hangs on a step happens when the next one is asked for: its metrics are written, and
+        the checkpoint that is due is saved.
         """
         ...
 

@@ -53,7 +53,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What an engine completes: `index` is the row in its data set, `answer` what the environment expects."""
+    """What an engine completes.
+
+    `index` is the row in its data set, `answer` what the environment expects.
+    """
 
     index: int
     token_ids: tuple[int, ...]
@@ -98,8 +101,8 @@ class TrainBatch:
     loss.
 
     Example, of two sequences "ab" -> "c" and "d" -> "ef":
-        token_ids_N = [a b c d e f], loss_mask_N = [0 0 1 0 1 1], lengths_B = [3 3], num_loss_tokens
-        = 3
+        token_ids_N = [a b c d e f], loss_mask_N = [0 0 1 0 1 1], lengths_B = [3 3],
+        num_loss_tokens = 3
     """
 
     token_ids_N: Tensor
@@ -152,14 +155,14 @@ class TrainBatch:
 
 
 Row = tuple[int, ...]
-"""Sequences (by their index in a shard) that share one row of a model input; more than one when packed."""
+"""Sequences (by index in a shard) that share one row of a model input; several when packed."""
 MicroBatch = tuple[Row, ...]
 """Rows that go through the model together."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one data-parallel rank gets of a batch: its sequences, and which of them share a forward pass.
+    """What one data-parallel rank gets of a batch: its sequences, and which share a forward pass.
 
     Every rank gets the same number of micro-batches, because every forward pass is a collective.
     A rank with nothing left to do gets an empty micro-batch `()`: it takes part with a dummy row.
@@ -171,7 +174,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did. `phases` are seconds of wall time by name; they sum to the step's time."""
+    """What one optimizer step did.
+
+    `phases` are seconds of wall time by name; they sum to the step's time.
+    """
 
     metrics: Metrics
     phases: dict[str, float] = field(default_factory=dict)

@@ -32,7 +32,7 @@ def train(
     sft: SFTConfig,
     batch_size: int,
 ) -> None:
-    """Train until the steps are done, a signal arrives or the time is up; the journal says which."""
+    """Train until the steps are done, a signal arrives or time is up; the journal says which."""
     if sft.val_at_start and journal.first_step == 1:
         with journal.phase("validation"):
             journal.record_validation(0, validate(0))

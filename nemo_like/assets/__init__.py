@@ -22,7 +22,7 @@ def bundled(name: str) -> Path | None:
 def model_folder(name: str, *, with_weights: bool) -> Path:
     """The folder of a model's `config.json`, and of its weights if they are asked for.
 
-    Looked for as a local path, bundled here, in the Hugging Face cache, and on the hub, in this order.
+    Looked for in this order: as a local path, bundled here, in the Hugging Face cache, on the hub.
 
     Raises:
         ConfigError: there is none; the message names the cure.
@@ -36,7 +36,8 @@ def model_folder(name: str, *, with_weights: bool) -> Path:
         return Path(name)
     if bundled(name) and "/" not in name:
         raise ConfigError(
-            f"policy.model_name={name} is a bundled configuration without weights: set policy.init=random"
+            f"policy.model_name={name} is a bundled configuration without weights: "
+            "set policy.init=random"
         )
     return fetch(name, patterns, key="policy.model_name")
 
@@ -56,7 +57,8 @@ def fetch(name: str, patterns: list[str], *, key: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as exc:
         raise ConfigError(
-            f"{key}={name} is not a local folder, not bundled, not in the Hugging Face cache, and can not be "
-            f"had from the hub ({type(exc).__name__}). Correct {key}; or run `hf download {name}` where there "
-            f"is a network, and set {key} to that folder (gated models need `hf auth login`)"
+            f"{key}={name} is not a local folder, not bundled, not in the Hugging Face cache, and "
+            f"can not be had from the hub ({type(exc).__name__}). Correct {key}; or run "
+            f"`hf download {name}` where there is a network, and set {key} to that folder "
+            f"(gated models need `hf auth login`)"
         ) from exc

@@ -124,7 +124,7 @@ def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> compo
 
 
 def _named_after(node: Node, path: Path) -> str:
-    """A folder for the checkpoints of this model, data and seed: another configuration, another folder."""
+    """A checkpoint folder for this model, data and seed: another configuration, another folder."""
     what = node.model_dump_json(include={"policy": True, "data": True, "sft": {"seed"}})
     return f"results/{path.stem}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
 

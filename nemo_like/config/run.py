@@ -15,7 +15,7 @@ class CheckpointingConfig(Node):
     enabled: bool = True
     """Write checkpoints, and continue from the latest one at start."""
     checkpoint_dir: str = "auto"
-    """Folder of the `step_N` folders; `auto` is one in `results/`, named after policy, data and seed."""
+    """Folder of the `step_N` folders; `auto` names one in `results/` by policy, data and seed."""
     metric_name: str | None = None
     """What checkpoints are ranked by, `val:<name>` or `train:<name>`; null ranks by age."""
     higher_is_better: bool = False

@@ -13,7 +13,8 @@ from nemo_like.types import Metric, Metrics, TrainBatch
 class NLL:
     """-sum(logprobs of targets) / number of targets of the global batch, in nats per token.
 
-    Source: maximum likelihood with the response as target, e.g. InstructGPT (arXiv:2203.02155), section 3.5.
+    Source: maximum likelihood with the response as target, e.g. InstructGPT (arXiv:2203.02155),
+    section 3.5.
     """
 
     def __call__(self, logprobs_N: Tensor, batch: TrainBatch) -> tuple[Tensor, Metrics]:
@@ -23,6 +24,6 @@ class NLL:
 
 
 def mean_nll(logprobs_N: Tensor, batch: TrainBatch) -> Metric:
-    """The same quantity from log-probabilities alone, for validation; combines over batches by tokens."""
+    """The same from log-probabilities alone, for validation; combines over batches by tokens."""
     loss, _ = NLL()(logprobs_N, batch)
     return Metric(float(loss), "mean", weight=batch.num_loss_tokens)

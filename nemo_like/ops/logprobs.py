@@ -19,16 +19,20 @@ def linear_logprobs(
     group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
 ) -> Tensor:
-    """log softmax(hidden @ weight.T)[target], for `chunk_size` tokens at a time, fp32 nats. Shapes: [M].
+    """The log of softmax(hidden @ weight.T)[target] in fp32 nats, `chunk_size` tokens at a time.
 
-    At most `chunk_size` x V logits exist at once, in the forward as in the backward pass, which computes them
-    again (unless there is a single chunk, whose logits are kept).
+    Shapes: [M].
 
-    With `group`, every rank holds the rows `vocab_start ...` of the weight (any number of them, also none) and
-    the same hidden states: the ranks exchange a maximum, a sum and the target's logit per token. The gradient
-    of `hidden_MD` is then this rank's *part*; the sum over the group is the gradient.
+    At most `chunk_size` x V logits exist at once, in the forward as in the backward pass, which
+    computes them again (unless there is a single chunk, whose logits are kept).
 
-    Source: the vocabulary-parallel cross entropy of Megatron-LM (arXiv:1909.08053, section 3), cut into chunks.
+    With `group`, every rank holds the rows `vocab_start ...` of the weight (any number of them,
+    also none) and the same hidden states: the ranks exchange a maximum, a sum and the target's
+    logit per token. The gradient of `hidden_MD` is then this rank's *part*; the sum over the group
+    is the gradient.
+
+    Source: the vocabulary-parallel cross entropy of Megatron-LM (arXiv:1909.08053, section 3), cut
+    into chunks.
     """
     return _LinearLogprobs.apply(hidden_MD, weight_VD, target_M, chunk_size, group, vocab_start)
 
@@ -41,7 +45,10 @@ def _wide(x: Tensor) -> Tensor:
 def _softmax_statistics(
     logits: Tensor, local_target: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """The target's logit and the log of the sum of exponentials, over the whole vocabulary. Shapes: [m] each."""
+    """The target's logit and the log of the sum of exponentials, over the whole vocabulary.
+
+    Shapes: [m] each.
+    """
     inside = (local_target >= 0) & (local_target < logits.shape[1])
     if logits.shape[1]:
         top = logits.amax(1)

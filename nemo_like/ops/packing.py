@@ -14,8 +14,9 @@ from nemo_like.types import MicroBatch, TrainBatch
 class Rows:
     """A model's input, and where its targets are.
 
-    Several sequences may share a row; `position_ids` restart with each of them, which is what keeps attention
-    inside a sequence. Padding stands at the end of a row, after everything that could attend to it.
+    Several sequences may share a row; `position_ids` restart with each of them, which is what keeps
+    attention inside a sequence. Padding stands at the end of a row, after everything that could
+    attend to it.
 
     Shapes: R rows of T tokens; M targets.
         input_ids_RT, position_ids_RT: the model's input.
@@ -38,8 +39,9 @@ class Rows:
 def rows_of(batch: TrainBatch, micro_batch: MicroBatch, *, multiple: int = 1) -> Rows:
     """The rows of one micro-batch, all padded to the longest, rounded up to `multiple` tokens.
 
-    `batch` holds the sequences of the micro-batch alone, in the order in which its rows name them. An empty
-    micro-batch gives one row of padding without targets, so that its rank can take part in collectives.
+    `batch` holds the sequences of the micro-batch alone, in the order in which its rows name them.
+    An empty micro-batch gives one row of padding without targets, so that its rank can take part in
+    collectives.
     """
     lengths = batch.lengths_B
     ends = lengths.cumsum(0)
@@ -52,7 +54,8 @@ def rows_of(batch: TrainBatch, micro_batch: MicroBatch, *, multiple: int = 1) ->
     width = max(1, int(row_tokens.max()))
     width = -(-width // multiple) * multiple
 
-    # A row's tokens lie end to end in N too, so a token's column is its distance from its row's first token.
+    # A row's tokens lie end to end in N too, so a token's column is its distance from its row's
+    # first token.
     token_N = torch.arange(len(batch.token_ids_N))
     row_N = row_of_sequence.repeat_interleave(lengths)
     column_N = token_N - (row_tokens.cumsum(0) - row_tokens)[row_N]
@@ -60,7 +63,7 @@ def rows_of(batch: TrainBatch, micro_batch: MicroBatch, *, multiple: int = 1) ->
 
     input_ids = torch.zeros(num_rows * width, dtype=torch.int64)
     input_ids[flat_N] = batch.token_ids_N
-    # Padding continues the positions of the last sequence: a restart would look like one more sequence.
+    # Padding continues the last sequence's positions: a restart would look like one more sequence.
     position_ids = torch.arange(width).repeat(num_rows, 1)
     position_ids.view(-1)[flat_N] = token_N - starts.repeat_interleave(lengths)
     last_start = _last_start(row_of_sequence, starts, row_tokens)

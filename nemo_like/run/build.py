@@ -37,7 +37,7 @@ class Batchings:
 
 @dataclass(frozen=True)
 class EngineFactory:
-    """What a worker makes a rollout engine from: a copy of the policy's model, and its tokenizer."""
+    """What a worker makes an engine from: a copy of the policy's model, and its tokenizer."""
 
     policy: PolicyConfig
 
@@ -80,8 +80,9 @@ def policy_factory(policy: PolicyConfig, *, seed: int, skip_budget: int, is_asyn
             )
         case MegatronConfig():
             raise ConfigError(
-                "policy.megatron_cfg.enabled=true: this version validates Megatron configurations and can "
-                "not train with them; set policy.megatron_cfg.enabled=false policy.dtensor_cfg.enabled=true"
+                "policy.megatron_cfg.enabled=true: this version validates Megatron "
+                "configurations and can not train with them; set policy.megatron_cfg.enabled=false "
+                "policy.dtensor_cfg.enabled=true"
             )
 
 

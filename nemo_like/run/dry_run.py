@@ -1,4 +1,7 @@
-"""What a run would do: the model, who owns its parameters, the layout and the memory of a rank. Starts nothing."""
+"""What a run would do, without starting anything.
+
+The model, who owns its parameters, the layout and the memory of a rank.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ def _run_table(tree: SFTTree, placement: Placement) -> Table:
 
 
 def _memory_table(rows: Iterable[Row], config: DTensorConfig, placement: Placement) -> Table:
-    """State of one rank, of what FSDP2 and tensor parallelism divide; activations are not counted."""
+    """State of one rank, of what FSDP2 and tensor parallelism divide; activations not counted."""
     tensor = config.tensor_parallel_size
     shards = placement.num_data_parallel // config.dp_replicate_size
     weights = state = 0.0

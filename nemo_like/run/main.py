@@ -1,4 +1,4 @@
-"""The command line of every entry point: parse, then show or run, and end with a documented exit code.
+"""The command line of every entry point: parse, show or run, end with a documented exit code.
 
 0    done
 2    the configuration is wrong (nothing was started)
@@ -34,7 +34,10 @@ def main(
     run: Callable[[], Run[Tree]],
     dry_run: Callable[[], Run[Tree]],
 ) -> int:
-    """The exit code of a command line. `run` and `dry_run` import what they need when they are called."""
+    """The exit code of a command line.
+
+    `run` and `dry_run` import what they need when they are called.
+    """
     try:
         invocation = parse(argv, tree=tree, default_config=default_config)
     except ConfigError as error:

@@ -59,7 +59,8 @@ def train_on_this_rank(folder, dtensor, options):
 
     policy = PolicyConfig(
         model_name=folder, init="random", precision="float32", max_total_sequence_length=64,
-        train_micro_batch_size=2, optimizer={"lr": 3e-4, "muon_ns_dtype": "float64"} | options.get("optimizer", {}),
+        train_micro_batch_size=2,
+        optimizer={"lr": 3e-4, "muon_ns_dtype": "float64"} | options.get("optimizer", {}),
         dtensor_cfg=dtensor, sequence_packing=options.get("packing", {}),
         dynamic_batching=options.get("dynamic", {}), logprob_chunk_size=options.get("chunk", 1024),
     )  # fmt: skip

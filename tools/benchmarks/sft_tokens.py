@@ -2,10 +2,11 @@
 
     uv run tools/benchmarks/sft_tokens.py
 
-Both sides train a 3.7M-parameter Qwen3 (width 256, 4 layers, vocabulary 2048) in fp32 with fused AdamW and
-clipping at 1.0, on batches of 8 sequences of at most 512 tokens, each token a target. After 2 warm-up steps,
-12 steps are timed, sides taking turns; the losses must agree to 1e-5 before any speed is printed. The bare
-loop pads to the longest sequence, computes all logits, and does nothing else.
+Both sides train a 3.7M-parameter Qwen3 (width 256, 4 layers, vocabulary 2048) in fp32 with fused
+AdamW and clipping at 1.0, on batches of 8 sequences of at most 512 tokens, each token a target.
+After 2 warm-up steps, 12 steps are timed, sides taking turns; the losses must agree to 1e-5 before
+any speed is printed. The bare loop pads to the longest sequence, computes all logits, and does
+nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from nemo_like.backends.dtensor.backend import DTensorFactory  # noqa: E402
+from nemo_like.backends.dtensor.factory import DTensorFactory  # noqa: E402
 from nemo_like.backends.dtensor.model import new_hf_model, random_weights  # noqa: E402
 from nemo_like.config.policy import PolicyConfig  # noqa: E402
 from nemo_like.data.batching import Batching  # noqa: E402
@@ -64,6 +65,7 @@ class BareLoop:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **OPTIMIZER)
 
     def step(self, examples: list[Example]) -> float:
+        """One optimizer step on these examples; the loss before it."""
         width = max(len(e.token_ids) for e in examples)
         ids = torch.zeros(len(examples), width, dtype=torch.int64)
         labels = torch.full_like(ids, -100)
@@ -89,11 +91,12 @@ class Ours:
             max_total_sequence_length=512, optimizer=OPTIMIZER,
         )  # fmt: skip
         batching = Batching.for_training(config)
-        backend = DTensorFactory(config, folder, seed=0)()
+        backend = DTensorFactory(config, seed=0)()
         self.policy = LocalPolicy(backend, train=batching, logprob=batching)
         self.policy.begin(1000)
 
     def step(self, examples: list[Example]) -> float:
+        """One optimizer step on these examples; the loss before it."""
         stats = self.policy.train_step(TrainBatch.of(examples), NLL())
         return stats.metrics["loss"].value
 

@@ -1,4 +1,7 @@
-"""A Hugging Face causal LM as a map from rows to log-probabilities, and how its weights get in and out."""
+"""A Hugging Face causal LM as a map from rows to log-probabilities.
+
+How its weights get in and out is here too.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ FAMILIES = {
 
 
 class CausalLM(nn.Module):
-    """Log-probabilities of targets under a Hugging Face model, with the head's product done in chunks.
+    """Log-probabilities of targets under a Hugging Face model, the head's product in chunks.
 
     The head's weight is used inside this module's `forward`, where FSDP2 has gathered it.
     """
@@ -97,8 +100,8 @@ def new_hf_model(hf_config: Any, *, device: str) -> Any:
 
     if hf_config.model_type not in FAMILIES:
         raise ConfigError(
-            f"policy.model_name: model type {hf_config.model_type!r} is not supported by the DTensor backend; "
-            f"supported: {', '.join(sorted(FAMILIES))}"
+            f"policy.model_name: model type {hf_config.model_type!r} is not supported by "
+            f"the DTensor backend; supported: {', '.join(sorted(FAMILIES))}"
         )
     family = getattr(transformers, FAMILIES[hf_config.model_type])
     hf_config._attn_implementation = "sdpa"
@@ -109,7 +112,7 @@ def new_hf_model(hf_config: Any, *, device: str) -> Any:
 
 
 def random_weights(hf_config: Any, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a newborn model: a function of configuration and seed alone, whatever the layout."""
+    """A newborn model's weights, from configuration and seed alone, whatever the layout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = new_hf_model(hf_config, device="cpu")
@@ -124,9 +127,8 @@ def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def materialize(model: CausalLM, device: torch.device) -> None:
     """Give a model from the `meta` device memory, and its buffers their values, in place."""
     model.to_empty(device=device)
-    if (
-        model.hf.config.tie_word_embeddings
-    ):  # `to_empty` makes a new parameter for each of its names
+    # `to_empty` makes a new parameter for each of its names.
+    if model.hf.config.tie_word_embeddings:
         model.hf.lm_head.weight = model.hf.model.embed_tokens.weight
     rotary = model.hf.model.rotary_emb
     model.hf.model.rotary_emb = type(rotary)(config=model.hf.config).to(device)
@@ -151,7 +153,8 @@ def load_weights(model: CausalLM, weights: Iterable[tuple[str, Tensor]]) -> None
             )
         if whole.shape != parameter.shape:
             raise CheckpointError(
-                f"{name!r} has shape {tuple(whole.shape)}; the model expects {tuple(parameter.shape)}"
+                f"{name!r} has shape {tuple(whole.shape)}; "
+                f"the model expects {tuple(parameter.shape)}"
             )
         local_block(parameter).copy_(_block_of(whole, parameter))
     if missing:

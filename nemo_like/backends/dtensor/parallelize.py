@@ -1,7 +1,8 @@
-"""How a Hugging Face causal LM is laid over the ranks: FSDP2 over data-parallel ranks, DTensor tensor parallelism.
+"""How a Hugging Face causal LM is laid over the ranks.
 
-One table says what tensor parallelism does to each module of a decoder layer, by the last part of
-its name. A Linear that the table does not know is an error, not a silently replicated matrix.
+FSDP2 works over the data-parallel ranks, DTensor does tensor parallelism. One table says what
+tensor parallelism does to each module of a decoder layer, by the last part of its name. A Linear
+that the table does not know is an error, not a silently replicated matrix.
 """
 
 from __future__ import annotations

@@ -8,9 +8,7 @@ from tests.fakes import FakeJournal, FakePolicy, FakeStream
 
 def run(journal, **sft):
     policy, stream = FakePolicy(), FakeStream()
-    train(
-        policy, stream, lambda step: {}, journal, sft=SFTConfig(**sft), batch_size=4
-    )
+    train(policy, stream, lambda step: {}, journal, sft=SFTConfig(**sft), batch_size=4)
     return policy, stream
 
 
@@ -24,17 +22,19 @@ def test_each_step_takes_one_batch_and_ends_before_the_next():
     assert [b.token_ids_N[0].item() for b in policy.batches] == [0, 4, 8]
     assert stream.taken == 12
     assert [e for e in journal.events if e[0] != "validation"] == [
-        ("train", 1, 1.0), ("end", 1), ("train", 2, 0.5), ("end", 2), ("train", 3, 0.25), ("end", 3),
+        ("train", 1, 1.0), ("end", 1),
+        ("train", 2, 0.5), ("end", 2),
+        ("train", 3, 0.25), ("end", 3),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("sft", "expected"),
     [
-        (dict(val_period=2), [0, 2, 4, 5]),
-        (dict(val_period=2, val_at_start=False, val_at_end=False), [2, 4]),
-        (dict(val_period=0), [0, 5]),
-        (dict(val_period=5), [0, 5]),
+        ({"val_period": 2}, [0, 2, 4, 5]),
+        ({"val_period": 2, "val_at_start": False, "val_at_end": False}, [2, 4]),
+        ({"val_period": 0}, [0, 5]),
+        ({"val_period": 5}, [0, 5]),
     ],
 )
 def test_validation_happens_at_the_steps_that_the_config_names(sft, expected):
