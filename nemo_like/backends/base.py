@@ -24,6 +24,7 @@ from nemo_like.interfaces import Loss
 from nemo_like.observability.metrics import reduce
 from nemo_like.optim.clip import clip_gradients
 from nemo_like.optim.combined import CombinedOptimizer
+from nemo_like.optim.norm import local
 from nemo_like.optim.routing import Routing
 from nemo_like.optim.schedule import Schedule
 from nemo_like.types import (
@@ -41,8 +42,8 @@ from nemo_like.types import (
 class StepSettings:
     """How a rank takes a step.
 
-    `row_multiple`: rows are padded to a multiple of this many tokens. `skip_budget`: steps with a non-finite
-    loss or gradient that are left out before one ends the run.
+    `row_multiple`: rows are padded to a multiple of this many tokens. `skip_budget`: steps with a
+    non-finite loss or gradient that are left out before one ends the run.
     """
 
     max_grad_norm: float | None
@@ -82,14 +83,15 @@ class RankBackend(ABC):
 
     @abstractmethod
     def _target_logprobs(self, batch: TrainBatch, micro_batch: MicroBatch) -> Tensor:
-        """Log-probabilities aligned with the micro-batch's tokens, 0 where there is no target. Shapes: [N].
+        """Log-probabilities aligned with the micro-batch's tokens, 0 where there is no target.
 
-        `batch` is on the CPU and holds this micro-batch alone; the result is on the backend's device.
+        `batch` is on the CPU and holds this micro-batch alone; the result is on the backend's
+        device. Shapes: [N].
         """
 
     @abstractmethod
     def _finish_gradients(self) -> None:
-        """Pay what is owed to the gradients when the last micro-batch is through: sums over ranks."""
+        """Pay what is owed to the gradients after the last micro-batch: sums over ranks."""
 
     @abstractmethod
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -113,7 +115,7 @@ class RankBackend(ABC):
 
     @torch.no_grad()
     def logprobs(self, shard: Shard) -> Tensor:
-        """Log-probabilities (nats, fp32) aligned with the shard's tokens; 0 where there is no target."""
+        """Log-probabilities (nats, fp32) aligned with the shard's tokens; 0 without a target."""
         self.model.eval()
         result = torch.zeros(len(shard.batch.token_ids_N))
         for micro_batch in shard.micro_batches:
@@ -126,7 +128,8 @@ class RankBackend(ABC):
         """Forward, backward, clip, optimizer and schedule: one whole step.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite and the budget for skipping is used up; the
+            NonFiniteError: a loss or gradient is not finite and the budget for skipping is used up;
+            the
                 weights and the optimizer's state are those of before the step.
         """
         assert self._schedule is not None, "begin() comes first"
@@ -154,7 +157,7 @@ class RankBackend(ABC):
         return StepStats(metrics, phases)
 
     def _backward(self, shard: Shard, loss: Loss) -> tuple[list[Tensor], Metrics]:
-        """Accumulate the gradients of all micro-batches; the loss shares, and the loss's own metrics."""
+        """Accumulate the gradients of all micro-batches; the loss's shares and its own metrics."""
         self.model.train()
         shares: list[Tensor] = []
         collected: list[Metrics] = []
@@ -169,7 +172,7 @@ class RankBackend(ABC):
         return shares, reduce(collected)
 
     def _is_finite(self, shares: list[float], grad_norm: float) -> bool:
-        """Whether every rank may step; the same answer on all ranks, since a step is a collective."""
+        """Whether every rank may step: one answer for all ranks, since a step is a collective."""
         finite = math.isfinite(grad_norm) and all(map(math.isfinite, shares))
         if self._world_size > 1:
             flag = torch.tensor(float(finite), device=self.device)
@@ -182,24 +185,35 @@ class RankBackend(ABC):
         if self.skipped_steps < self.settings.skip_budget:
             self.skipped_steps += 1
             return
+        found = self._culprits(shares)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._world_size > 1:
+            gathered: list[list[str]] = [[] for _ in range(self._world_size)]
+            dist.all_gather_object(gathered, found)
+            found = [line for lines in gathered for line in lines]
+        raise NonFiniteError(
+            f"step {self.step + 1}: {'; '.join(found[:4])} (gradient norm {grad_norm}). "
+            f"The weights were not changed. {self.skipped_steps} steps were skipped before; to "
+            "leave such steps out, raise sft.skip_non_finite_steps "
+            f"(now {self.settings.skip_budget})"
+        )
+
+    def _culprits(self, shares: list[float]) -> list[str]:
+        """Which of this rank's losses are not finite; if all are, which of its gradients."""
         found = [
             f"rank {self._rank}, micro-batch {i}: loss {share}"
             for i, share in enumerate(shares)
             if not math.isfinite(share)
         ]
-        if self._world_size > 1:
-            gathered: list[list[str]] = [[] for _ in range(self._world_size)]
-            dist.all_gather_object(gathered, found)
-            found = [line for lines in gathered for line in lines]
-        where = "; ".join(found[:4]) or f"every loss is finite, the gradient norm is {grad_norm}"
-        raise NonFiniteError(
-            f"step {self.step + 1}: {where}. The weights were not changed. "
-            f"{self.skipped_steps} steps were skipped before; to leave such steps out, raise "
-            f"sft.skip_non_finite_steps (now {self.settings.skip_budget})"
-        )
+        return found or [
+            f"rank {self._rank}: gradient of {name}"
+            for group in self.optimizer.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            if p.grad is not None and not bool(local(p.grad).isfinite().all())
+        ]
 
     def begin(self, total_steps: int) -> PolicyFacts:
-        """Lay the schedules over this many steps; the model, who owns its parameters, where it runs."""
+        """Lay the schedules over this many steps; the model, its owners, where it runs."""
         self._schedule = Schedule(self._optimizer_config, self._scheduler_config, total_steps)
         return PolicyFacts(
             model=self._model_config(),
@@ -211,7 +225,7 @@ class RankBackend(ABC):
         )
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
-        """Write this rank's part of the state; returns when it is written or (asynchronous) copied."""
+        """Write this rank's part of the state; returns when it is written or, async, copied."""
         state = self._state()
         if not with_optimizer:
             del state[OPTIMIZER]
@@ -219,7 +233,7 @@ class RankBackend(ABC):
         rng.save(folder, rank=self._rank, world_size=self._world_size)
 
     def save_finished(self) -> bool:
-        """Whether this rank's part of the last save is written; raises what went wrong meanwhile."""
+        """Whether this rank's part of the last save is written; raises what went wrong."""
         finished = self._writer.done()
         if finished:
             self._writer.wait()
@@ -230,7 +244,8 @@ class RankBackend(ABC):
         """Take this rank's part of what `save` wrote, in whatever layout it was written."""
         template = self._state()
         loaded = {name: load_state(folder / name, template[name]) for name in template}
-        # The model's tensors were filled in place; the optimizer's and the counters are handed back.
+        # The model's tensors were filled in place; the optimizer's and the counters are handed
+        # back.
         progress = loaded[MODEL]["progress"]
         self.step, self.skipped_steps = progress["step"], progress["skipped_steps"]
         self.optimizer.load_state_tree(loaded[OPTIMIZER])
