@@ -159,3 +159,10 @@ def test_the_config_chooses_the_kind_and_derives_the_budgets():
     )
     found = Batching.for_training(dynamic)
     assert (found.kind, found.round_to, found.max_tokens) == ("dynamic", 96, 192)
+
+
+def test_no_rank_gets_the_heavier_micro_batches_every_time():
+    lengths = [n for n in range(1, 129) for _ in range(2)]
+    ranks = plan(lengths, 4, Batching("plain", micro_batch_size=4))
+    totals = [sum(lengths[i] for micro in rank for row in micro for i in row) for rank in ranks]
+    assert max(totals) - min(totals) <= 16
