@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 120.0
+GRACE_S = 5.0
+"""How long the other ranks may take to fail too, before they count as stuck in a collective."""
 _HERE = Path(__file__).parent
 
 
@@ -26,8 +28,8 @@ class WorkerPool:
     """Ranks 0 to `world_size - 1` of one gloo process group.
 
     `run(function, *args)` calls a top-level function of a test file on every rank, and returns what
-    each of them returned, in order of rank. When a rank raises or the time is up, all of them are
-    killed (the others may hang in a collective), the traceback is raised here, and the next `run`
+    each of them returned, in order of rank. What a rank raises is raised here with its traceback.
+    Ranks that are then stuck, or that take too long, are killed all together, and the next `run`
     starts fresh ones.
     """
 
@@ -35,8 +37,11 @@ class WorkerPool:
         self.world_size = world_size
         self._workers: list[Any] = []
         self._pipes: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+        if not all(worker.is_alive() for worker in self._workers):
+            self.close()
         if not self._workers:
             self._start()
         call = pickle.dumps((inspect.getfile(function), function.__name__, args))
@@ -50,11 +55,14 @@ class WorkerPool:
             worker.join()
         for pipe in self._pipes:
             pipe.close()
-        self._workers, self._pipes = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._workers, self._pipes, self._folder = [], [], None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp()) / "rendezvous"
+        self._folder = tempfile.TemporaryDirectory()
+        store = Path(self._folder.name) / "rendezvous"
         for rank in range(self.world_size):
             here, there = context.Pipe()
             worker = context.Process(
@@ -67,30 +75,33 @@ class WorkerPool:
         self._collect("start", START_TIMEOUT_S)
 
     def _collect(self, what: str, timeout_s: float) -> list[Any]:
-        """The answers of all ranks; kills the pool at the first failure."""
+        """The answers of all ranks, or the first failure, raised."""
         deadline = time.monotonic() + timeout_s
         answers: dict[int, Any] = {}
+        failure = ""
         while len(answers) < self.world_size:
             waiting = [p for rank, p in enumerate(self._pipes) if rank not in answers]
             ready = wait_for_any(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
                 missing = [r for r in range(self.world_size) if r not in answers]
                 self.close()
-                raise TimeoutError(f"{what}: ranks {missing} gave no answer within {timeout_s:g} s")
-            for pipe in ready:
-                rank = self._pipes.index(pipe)
-                answers[rank] = self._receive(what, rank)
+                failure = failure or f"ranks {missing} gave no answer within {timeout_s:g} s"
+                break
+            for rank in (self._pipes.index(pipe) for pipe in ready):
+                failed, answers[rank] = self._receive(rank)
+                if failed and not failure:
+                    failure = f"rank {rank} of {self.world_size}:\n{answers[rank]}"
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        if failure:
+            raise AssertionError(f"{what} failed: {failure}")
         return [answers[rank] for rank in range(self.world_size)]
 
-    def _receive(self, what: str, rank: int) -> Any:
+    def _receive(self, rank: int) -> tuple[bool, Any]:
         try:
-            failed, value = pickle.loads(self._pipes[rank].recv_bytes())
+            return pickle.loads(self._pipes[rank].recv_bytes())
         except EOFError:
-            failed, value = True, "the process died"
-        if failed:
-            self.close()
-            raise AssertionError(f"{what} failed on rank {rank} of {self.world_size}:\n{value}")
-        return value
+            self._workers[rank].join()
+            return True, f"the process died with exit code {self._workers[rank].exitcode}"
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
