@@ -1,0 +1,150 @@
+"""`examples/run_sft.py` with settings small enough for a test: here, forked, or as a command."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = "examples/run_sft.py"
+SMALL = (
+    "cluster.launcher=local", "policy.train_global_batch_size=8", "policy.train_micro_batch_size=4",
+    "data.train.num_rows=200", "data.validation.num_rows=16", "sft.val_period=0",
+    "sft.val_at_start=false", "sft.val_at_end=false", "sft.val_num_answers=0",
+    "checkpointing.metric_name=null", "checkpointing.keep_top_k=null",
+)  # fmt: skip
+"""A step takes some 30 ms; later overrides of the same keys win."""
+TIMINGS = ("timing/", "performance/", "time")
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the runs of one test write."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def argv(self, *overrides: str) -> list[str]:
+        places = (
+            f"checkpointing.checkpoint_dir={self.checkpoints}",
+            f"logger.log_dir={self.root / 'logs'}",
+        )
+        return [*SMALL, *places, *overrides]
+
+    def steps(self) -> list[int]:
+        from nemo_like.checkpoint.layout import find_steps
+
+        return find_steps(self.checkpoints)
+
+    def step(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step}"
+
+    @property
+    def log(self) -> Path:
+        """The log folder of the only run here."""
+        (folder,) = (self.root / "logs").iterdir()
+        return folder
+
+    def logged(self) -> list[dict[str, Any]]:
+        file = self.root / "logs" / "exp_001" / "metrics.jsonl"
+        if not file.exists():
+            return []
+        return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+    def values(self) -> list[dict[str, Any]]:
+        """What was logged, without how long it took."""
+        return [
+            {k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in self.logged()
+        ]
+
+    def losses(self) -> list[float]:
+        return [line["train/loss"] for line in self.logged() if "train/loss" in line]
+
+
+def sft(argv: list[str]) -> int:
+    """The exit code of the command, run inside this process."""
+    from nemo_like.config.sft import SFTTree
+    from nemo_like.run.main import main
+
+    def run() -> Any:
+        from nemo_like.run.sft import run_sft
+
+        return run_sft
+
+    def no_dry_run() -> Any:
+        raise AssertionError("not asked for")
+
+    before, sys.argv = sys.argv, [SCRIPT, *argv]
+    try:
+        return main(
+            argv,
+            tree=SFTTree,
+            default_config=Path("configs/sft_tiny.yaml"),
+            run=run,
+            dry_run=no_dry_run,
+        )
+    finally:
+        sys.argv = before
+
+
+def start_fork(argv: list[str], output: Path) -> Any:
+    """The same in a process of its own, which begins in a second because it is forked warm."""
+    _CONTEXT.set_forkserver_preload(["tests.e2e.warm"])
+    process = _CONTEXT.Process(target=_forked, args=(argv, str(output)))
+    process.start()
+    return process
+
+
+def _forked(argv: list[str], output: str) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.exit(sft(argv))
+
+
+def start(argv: list[str]) -> subprocess.Popen[str]:
+    """The real command, as a user's shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *argv],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(
+    condition: Callable[[], Any], *, timeout_s: float = 120.0, every_s: float = 0.02
+) -> Any:
+    """The first true value of the condition."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(every_s)
+    raise TimeoutError("what was waited for did not happen")
+
+
+def words(output: str) -> str:
+    """What was said, without the line breaks and columns of the terminal."""
+    return " ".join(output.split())
+
+
+def contents(folder: Path, *parts: str) -> dict[str, bytes]:
+    """Every byte below these parts of a checkpoint, by file."""
+    files = [f for part in parts for f in sorted((folder / part).rglob("*")) if f.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
