@@ -158,16 +158,17 @@ class _Stepped:
             return torch.stack(self.norms).double().square_()
         if self.group["algorithm"] == "sgd":
             return local_squares([states[p]["momentum_buffer"] for p in self.parameters])
-        squares = [self._adamw_update(states[p]).double().square().sum() for p in self.parameters]
-        return torch.stack(squares)
+        norms = [self._adamw_norm(states[p]) for p in self.parameters]
+        return torch.stack(norms).double().square_()
 
-    def _adamw_update(self, state: Mapping[str, Tensor]) -> Tensor:
-        """AdamW's last update of one parameter: a function of what it remembers."""
+    def _adamw_norm(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The norm of AdamW's last update of one parameter: a function of what it remembers."""
         beta1, beta2 = self.group["betas"]
         step = state["step"].double()  # in fp32, 1 - 0.999^step is good to 4 digits only
-        first: Tensor = local(state["exp_avg"]) / (1 - beta1**step)
-        second = local(state["exp_avg_sq"]) / (1 - beta2**step)
-        return first.div_(second.sqrt_().add_(self.group["eps"]))
+        ratio = local(state["exp_avg_sq"]).sqrt()
+        ratio.div_((1 - beta2**step).sqrt()).add_(self.group["eps"])
+        torch.div(local(state["exp_avg"]), ratio, out=ratio)
+        return ratio.norm() / (1 - beta1**step)
 
 
 States = Mapping[Tensor, dict[str, Tensor]]

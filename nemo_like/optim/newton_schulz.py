@@ -72,8 +72,7 @@ SCHEDULES: dict[str, CoefficientSet] = {
         safety=1.01,
     ),
     # Source: https://arxiv.org/abs/2606.00371; cubic steps, so one matrix product fewer in each.
-    # Changed: a safety factor; at s = 1.004 (bf16 round-off of rank one) the published rows give
-    # -0.12.
+    # Changed: a safety factor; without it round-off shrinks a constant matrix in bf16 to a quarter.
     "cubic5": CoefficientSet(
         (
             (3.3656576, -3.3420992, 0.0),

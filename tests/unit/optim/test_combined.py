@@ -184,15 +184,11 @@ def test_a_restored_optimizer_continues_bit_for_bit(name):
         ({"extra.weight": (4, 4)} | MIXED, "extra.weight is unknown here"),
         ({n: s for n, s in MIXED.items() if n != "norm"}, "norm is missing"),
         (MIXED | {"a.weight": (8, 8)}, "a.weight has another shape"),
-        ({"lm_head.weight" if n == "x" else n: s for n, s in MIXED.items()}, None),
     ],
 )
 def test_a_state_of_another_model_is_refused_by_name(other, message):
     tree = build(weights(other, torch.float32), optimizer="muon").state_tree()
     optimizer = build(weights(MIXED, torch.float32), optimizer="muon")
-    if message is None:
-        optimizer.load_state_tree(tree)
-        return
     with pytest.raises(CheckpointError, match=message):
         optimizer.load_state_tree(tree)
 

@@ -65,9 +65,9 @@ def test_the_table_of_step_counts_and_the_table_of_coefficients_name_the_same_sc
 @pytest.mark.parametrize(("schedule", "steps"), PAIRS)
 def test_low_precision_never_leaves_the_band_whatever_the_spectrum(schedule, steps, dtype):
     steep = torch.linalg.qr(matrix(96, 96))[0] * torch.logspace(0, -3, 96, dtype=FP64)
-    spectra = [torch.ones(96, 160, dtype=FP64) * c for c in (1.0, 1.013, 1.27)]
+    spectra = [torch.ones(96, 160, dtype=FP64), torch.ones(56, 64, dtype=FP64)]
     spectra += [matrix(96, 1, seed=s) @ matrix(1, 160, seed=s + 1) for s in range(3)]
-    spectra += [spectra[3] + 1e-3 * matrix(96, 160), steep, matrix(96, 160)]
+    spectra += [spectra[2] + 1e-3 * matrix(96, 160), steep, matrix(96, 160)]
     for X in spectra:
         left, values, right = torch.linalg.svd(X, full_matrices=False)
         found = polar(X.float(), schedule=schedule, steps=steps, dtype=dtype).double()
