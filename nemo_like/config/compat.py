@@ -172,15 +172,6 @@ def translate(draft: Draft) -> None:
             draft.refuse(path, reason)
 
 
-def is_absent(path: str) -> str | None:
-    """The reason why a key, or its section, is absent; None if this table does not know it."""
-    parts = path.split(".")
-    heads = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    return next(
-        (ABSENT.get(h) or IGNORED.get(h) for h in heads if h in ABSENT or h in IGNORED), None
-    )
-
-
 def _drop(draft: Draft, path: str, reason: str) -> None:
     found, value = draft.find(path)
     if not found:

@@ -27,7 +27,7 @@ NEWTON_SCHULZ_STEPS: dict[str, range] = {
     "quintic": range(5, 6),
     "cubic5": range(5, 6),
     # One polynomial, repeated.
-    "simple": range(1, 100),
+    "simple": range(4, 100),
     # Five opening polynomials, then one that converges and may repeat.
     "polar_express": range(5, 100),
     "cans": range(5, 100),
@@ -75,7 +75,7 @@ class OptimizerConfig(Node):
     muon_tp_mode: Literal["duplicated", "distributed", "blockwise"] = "duplicated"
     """Under tensor parallelism; both are exact (`blockwise`, which is not, is refused)."""
     muon_split_qkv: bool = True
-    """Orthogonalise q, k and v of a packed matrix separately."""
+    """Orthogonalise q, k and v of a packed matrix (Megatron's) separately."""
     muon_include: tuple[str, ...] = ()
     """Regular expressions of parameter names that Muon takes although the rules would not."""
     muon_exclude: tuple[str, ...] = ()

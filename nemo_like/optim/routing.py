@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,65 +56,12 @@ class Routing:
         """The parameters of one algorithm, in order."""
         return tuple(row.name for row in self.rows if row.optimizer == optimizer)
 
-    def summary(self) -> list[dict[str, Any]]:
-        """One record per optimizer and reason, for printing: counts, bytes, and an example."""
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault((row.optimizer, row.reason), []).append(row)
-        return [
-            {
-                "optimizer": optimizer,
-                "reason": reason,
-                "tensors": len(rows),
-                "parameters": sum(r.numel for r in rows),
-                "bytes": sum(r.num_bytes for r in rows),
-                "example": rows[0].name,
-            }
-            for (optimizer, reason), rows in sorted(groups.items(), key=lambda g: g[0][0] != "muon")
-        ]
-
-    def table(self) -> Any:
-        """The summary as a rich table."""
-        from rich.table import Table
-
-        table = Table(title="Which parameters each optimizer owns, and why")
-        for column in ("optimizer", "reason", "example"):
-            table.add_column(column)
-        for column in ("tensors", "parameters", "MB"):
-            table.add_column(column, justify="right")
-        for line in self.summary():
-            size = f"{line['bytes'] / 1e6:,.1f}"
-            numbers = (f"{line['tensors']:,}", f"{line['parameters']:,}", size)
-            table.add_row(line["optimizer"], line["reason"], line["example"], *numbers)
-        return table
-
     def to_json(self) -> list[dict[str, Any]]:
         """What a checkpoint stores, to be compared on resume."""
         return [
             {"name": r.name, "shape": list(r.shape), "optimizer": r.optimizer, "reason": r.reason}
             for r in self.rows
         ]
-
-    def fingerprint(self) -> str:
-        """A digest of names, shapes and owners; the same on every layout."""
-        text = json.dumps(sorted(_identity(record) for record in self.to_json()))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def difference(self, saved: Sequence[dict[str, Any]]) -> list[str]:
-        """One sentence for each parameter whose shape or owner is not what `to_json` saved."""
-        now = {record["name"]: record for record in self.to_json()}
-        then = {record["name"]: record for record in saved}
-        found = [f"{name}: new, it was not trained before" for name in now.keys() - then.keys()]
-        found += [f"{name}: gone, it was trained before" for name in then.keys() - now.keys()]
-        for name in now.keys() & then.keys():
-            for key in ("shape", "optimizer"):
-                if now[name][key] != then[name][key]:
-                    found.append(f"{name}: {key} was {then[name][key]}, now {now[name][key]}")
-        return sorted(found)
-
-
-def _identity(record: dict[str, Any]) -> tuple[str, list[int], str]:
-    return record["name"], record["shape"], record["optimizer"]
 
 
 def embedding_names(model: nn.Module) -> frozenset[str]:

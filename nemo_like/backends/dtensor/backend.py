@@ -21,6 +21,7 @@ from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
 from nemo_like.ops.packing import rows_of
 from nemo_like.optim.build import build_optimizer
+from nemo_like.optim.routing import embedding_names
 from nemo_like.types import MicroBatch, TrainBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,7 +50,9 @@ class DTensorBackend(RankBackend):
         self.mesh = build_mesh(config, device.type)
         model = _build_model(policy, self.mesh, device, seed=seed)
         optimizer, routing = build_optimizer(
-            models.named_parameters(model), policy.active_optimizer
+            models.named_parameters(model),
+            policy.active_optimizer,
+            embeddings=embedding_names(model.hf),
         )
         super().__init__(
             model=model,

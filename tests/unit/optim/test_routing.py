@@ -119,37 +119,3 @@ def test_a_pattern_that_can_not_be_meant_is_refused(include, exclude, message):
     named = [("attn.proj.weight", parameter(4, 4)), ("norm.weight", parameter(4))]
     with pytest.raises(ConfigError, match=message):
         route(named, "muon", include=include, exclude=exclude)
-
-
-def test_a_difference_names_what_differs():
-    saved = route(
-        [("a.weight", parameter(4, 4)), ("b.weight", parameter(4, 6)), ("c", parameter(4))], "muon"
-    )
-    now = route(
-        [("a.weight", parameter(4, 4)), ("b.weight", parameter(4, 8)), ("d", parameter(4))],
-        "muon",
-        exclude=["a.weight"],
-    )
-    assert now.difference(saved.to_json()) == [
-        "a.weight: optimizer was muon, now adamw",
-        "b.weight: shape was [4, 6], now [4, 8]",
-        "c: gone, it was trained before",
-        "d: new, it was not trained before",
-    ]
-    assert now.fingerprint() != saved.fingerprint()
-
-
-def test_the_fingerprint_survives_another_order_and_other_reasons():
-    named = [("a.weight", parameter(4, 4)), ("b.weight", parameter(4, 4))]
-    same = route(reversed(named), "muon", include=["a.weight"])
-    assert same.fingerprint() == route(named, "muon").fingerprint()
-    assert same.difference(route(named, "muon").to_json()) == []
-
-
-def test_the_summary_counts_everything_once():
-    named = [("embed.weight", parameter(10, 4)), ("a.weight", parameter(4, 4)), ("n", parameter(4))]
-    summary = route(named, "muon").summary()
-    assert summary[0]["optimizer"] == "muon"
-    assert sum(line["parameters"] for line in summary) == 60
-    assert sum(line["bytes"] for line in summary) == 240
-    assert route(named, "muon").table().row_count == 3
