@@ -15,7 +15,7 @@ from nemo_like.config.sft import SFTTree
 from nemo_like.errors import NemoLikeError
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Table, ownership_table
-from nemo_like.optim.routing import Row
+from nemo_like.optim.routing import Row, embedding_names
 from nemo_like.run.build import parallel_sizes
 
 STATE_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
@@ -52,7 +52,9 @@ def _rows(policy: PolicyConfig) -> Iterable[Row]:
     folder = model_folder(policy.model_name, with_weights=False)
     hf_config = load_hf_config(folder, policy.hf_config_overrides)
     model = new_hf_model(hf_config, device="meta")
-    _, routing = build_optimizer(named_parameters(model), policy.active_optimizer)
+    _, routing = build_optimizer(
+        named_parameters(model), policy.active_optimizer, embeddings=embedding_names(model)
+    )
     return routing.rows
 
 

@@ -135,7 +135,7 @@ class RunJournal:
         return self._stop.reason
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do; after each: checkpoint, metrics, and a look at what asks for an end."""
+        """The steps still to do; after each: metrics, checkpoint, a look at what asks for an end."""
         with self._stop.listening():
             for step in self._steps:
                 yield step
@@ -173,7 +173,7 @@ class RunJournal:
             self._validation = {}
 
     def close(self) -> None:
-        """Finish the checkpoint that is being written, or drop it if it can not be; safe to call twice.
+        """Finish the checkpoint that is being written, or drop it; safe to call twice.
 
         After a normal end there is none, and after an error that error is the one to tell.
         """
@@ -207,7 +207,7 @@ class RunJournal:
             self._draft = _Draft(step, ranked, self._position())
 
     def _commit(self, *, wait: bool) -> None:
-        """Make the draft a checkpoint once its last byte is written; with `wait`, not before that."""
+        """Make the draft a checkpoint once its last byte is written; with `wait`, wait for it."""
         if self._draft is None or self._checkpoints is None:
             return
         with self.phase("checkpoint"):

@@ -30,7 +30,7 @@ class LocalPolicy:
         return self._backend.train_step(shard(batch, 1, self._train)[0], loss)
 
     def begin(self, total_steps: int) -> PolicyFacts:
-        """Lay the schedules over this many steps; the model, who owns its parameters, where it runs."""
+        """Lay the schedules over this many steps; what there is to know of the policy."""
         return self._backend.begin(total_steps)
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:

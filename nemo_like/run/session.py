@@ -1,4 +1,4 @@
-"""What every run has around its algorithm: the log folder, the checkpoints, the terminal, and an end."""
+"""What every run has around its algorithm: log folder, checkpoints, terminal, and an end."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Session:
         total_steps: int,
         tokens_per_sequence: float,
     ) -> RunJournal:
-        """The journal of this run, which continues where the latest checkpoint is, if there is one."""
+        """The journal of this run, which continues from the latest checkpoint, if there is one."""
         checkpoints = self._open_checkpoints(facts, stack)
         saved = checkpoints.latest_good() if checkpoints is not None else None
         done = 0
@@ -105,7 +105,8 @@ class Session:
             done = saved.step
             if done >= total_steps:
                 self.say(
-                    f"nothing is left to do: {saved.folder} is the end of this run of {total_steps} steps. To "
+                    f"nothing is left to do: {saved.folder} is the end of this run of {total_steps} "
+                    "steps. To "
                     "train on, raise the number of steps; to begin anew, set another "
                     "checkpointing.checkpoint_dir"
                 )
@@ -162,7 +163,7 @@ class Session:
         return 0
 
     def _open_folder(self) -> RunFolder:
-        """A new log folder, or that of the run to continue, untouched until its checkpoint is verified."""
+        """A new log folder, or that of the run to continue, still untouched."""
         log_dir = self._tree.logger.log_dir
         steps = layout.find_steps(self._checkpoint_root)
         if not (self._tree.checkpointing.enabled and steps):
@@ -263,7 +264,7 @@ class Session:
 
 
 def read_model_config(policy: PolicyConfig) -> dict[str, Any]:
-    """The content of the model's config.json with `hf_config_overrides`, without importing transformers."""
+    """The content of the model's config.json with overrides; imports no transformers."""
     folder = model_folder(policy.model_name, with_weights=policy.init == "pretrained")
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config | policy.hf_config_overrides

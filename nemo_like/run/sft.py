@@ -114,7 +114,7 @@ def load_sft_data(tree: SFTTree) -> SFTData:
 
 
 def _validation_batches(tree: SFTTree, data: Data) -> list[TrainBatch]:
-    """The same held-out batches at every validation, from all sources in proportion to their rows."""
+    """The held-out batches of every validation, from all sources in proportion to their rows."""
     corpora = [source.corpus for source in data.validation]
     if not corpora:
         return []
@@ -136,8 +136,9 @@ def num_steps(tree: SFTTree, loader: Loader) -> int:
     in_epochs = tree.sft.max_num_epochs * loader.epoch_size // batch_size
     if in_epochs == 0:
         raise DataError(
-            f"{loader.epoch_size} training rows in sft.max_num_epochs={tree.sft.max_num_epochs} epochs are "
-            f"less than one batch of policy.train_global_batch_size={batch_size}; lower the batch size"
+            f"{loader.epoch_size} training rows in sft.max_num_epochs={tree.sft.max_num_epochs} "
+            f"epochs are less than one batch of policy.train_global_batch_size={batch_size}; "
+            "lower the batch size"
         )
     return min(tree.sft.max_num_steps, in_epochs)
 
@@ -185,7 +186,8 @@ def _validator(
 def _environment_name(source: Source) -> str:
     if source.env_name is None:
         raise ConfigError(
-            f"sft.val_num_answers asks for answers, and nothing judges those to {source.corpus.name}: set "
+            "sft.val_num_answers asks for answers, and nothing judges those to "
+            f"{source.corpus.name}: set "
             "env_name of this source (or data.default.env_name), or sft.val_num_answers=0"
         )
     return source.env_name

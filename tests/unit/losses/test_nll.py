@@ -23,8 +23,7 @@ def test_loss_is_the_mean_over_the_targets_of_the_global_batch():
 def test_shares_of_any_split_sum_to_the_loss():
     whole, _ = NLL()(LOGPROBS_N, BATCH)
     shares = [
-        NLL()(LOGPROBS_N[BATCH.token_index(rows)], BATCH.select(rows))[0]
-        for rows in ([2], [1, 0])
+        NLL()(LOGPROBS_N[BATCH.token_index(rows)], BATCH.select(rows))[0] for rows in ([2], [1, 0])
     ]
     assert float(sum(shares)) == pytest.approx(float(whole))
 

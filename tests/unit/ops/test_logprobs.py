@@ -69,9 +69,7 @@ def test_logits_of_all_tokens_never_exist_at_once():
 
 def test_no_target_gives_no_logprob_and_zero_gradients():
     hidden, weight, _ = inputs()
-    result = linear_logprobs(
-        hidden[:0], weight, torch.empty(0, dtype=torch.int64), chunk_size=4
-    )
+    result = linear_logprobs(hidden[:0], weight, torch.empty(0, dtype=torch.int64), chunk_size=4)
     result.sum().backward()
     assert result.shape == (0,)
     assert not weight.grad.any()
