@@ -105,10 +105,9 @@ class Session:
             done = saved.step
             if done >= total_steps:
                 self.say(
-                    f"nothing is left to do: {saved.folder} is the end of this run of {total_steps} "
-                    "steps. To "
-                    "train on, raise the number of steps; to begin anew, set another "
-                    "checkpointing.checkpoint_dir"
+                    f"nothing is left to do: {saved.folder} is the end of this run of "
+                    f"{total_steps} steps. To train on, raise the number of steps; to begin anew, "
+                    "set another checkpointing.checkpoint_dir"
                 )
         table = ownership_table(facts.owners)
         self._console.table(table)
