@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from nemo_like.cluster.group import GroupConfig, WorkerGroup
 from nemo_like.cluster.placement import (
     ParallelAxis,
     ParallelSizes,
+    Placement,
     count_local_gpus,
     place,
     place_single,
+    worker_env,
 )
 from nemo_like.cluster.policy import RemotePolicy
 from nemo_like.cluster.runtime import RayCluster
@@ -101,6 +104,8 @@ def machines(
     Under Ray the workers are still starting when the block begins: the first call waits for them.
     """
     if cluster.launcher == "local":
+        placement = place(cluster, parallel_sizes(policy), gpus_found=count_local_gpus())
+        _take_place(placement, policy.backend.env_vars)
         yield from _local(factory, batchings, EngineFactory(policy) if with_generator else None)
         return
     ray = RayCluster(cluster)
@@ -139,6 +144,15 @@ def machines(
         for started in groups:
             started.close()
         ray.close()
+
+
+def _take_place(placement: Placement, env_vars: Mapping[str, str]) -> None:
+    """Give this process what a worker gets before it starts: its environment and its threads."""
+    import torch
+
+    os.environ.update(worker_env(placement, env_vars))
+    if not placement.uses_gpu:
+        torch.set_num_threads(placement.threads)
 
 
 def _local(factory: Any, batchings: Batchings, engine: EngineFactory | None) -> Iterator[Machines]:

@@ -135,7 +135,7 @@ class RunJournal:
         return self._stop.reason
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do; after each: metrics, checkpoint, and whether something asks to end."""
+        """The steps still to do; after each: metrics, checkpoint, and what asks for an end."""
         with self._stop.listening():
             for step in self._steps:
                 yield step
