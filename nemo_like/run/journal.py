@@ -30,7 +30,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Why a run should end after the step it is in; None while it should not.
 
-    The first SIGINT, SIGTERM or SIGUSR1 asks; the same one again acts as if nobody handled it.
+    The first SIGINT, SIGTERM or SIGUSR1 asks; the same one again raises KeyboardInterrupt.
     `must_save_by` is the time since `began`, a reading of `now` (seconds).
     """
 
@@ -50,24 +50,27 @@ class StopRequest:
             return "checkpointing.checkpoint_must_save_by"
         return None
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals inside; only a main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listening(self) -> AbstractContextManager[None]:
+        """Inside, the signals ask."""
+        return handling_signals(self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
+        signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """The signals that ask for an end go to the handler inside; only a main thread can do that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def seconds(days_hours_minutes_seconds: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,7 @@ from nemo_like.observability.run_folder import RunFolder
 from nemo_like.observability.secrets import redact
 from nemo_like.observability.sinks import build_sinks
 from nemo_like.observability.timing import StepClock, flops_per_token, peak_flops
-from nemo_like.run.journal import RunJournal, StopRequest
+from nemo_like.run.journal import RunJournal, StopRequest, handling_signals
 from nemo_like.types import PolicyFacts
 
 LOG_FOLDER = "log_folder"
@@ -63,11 +64,22 @@ class Session:
         self.folder = self._open_folder()
 
     def run(self, body: Callable[[Session, ExitStack], int]) -> int:
-        """The exit code of `body`; what it entered into the stack is left in any case."""
+        """The exit code of `body`; what it entered into the stack is left in any case.
+
+        A signal where no step can be finished (while starting, or the second one) unwinds it.
+        """
         try:
-            with ExitStack() as stack:
+            with handling_signals(signal.default_int_handler), ExitStack() as stack:
                 stack.callback(self._console.close)
                 return body(self, stack)
+        except KeyboardInterrupt:
+            saved = None if self._journal is None else self._journal.last_saved
+            self._console.summary(
+                {"stopped by": "a signal, without saving"},
+                places={"last good checkpoint": saved},
+                next_command=_command(),
+            )
+            return EXIT_INTERRUPTED
         except NemoLikeError as error:
             # What is wrong with anything but a worker is wrong again next time: its message has the
             # cure.

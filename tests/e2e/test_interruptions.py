@@ -100,8 +100,30 @@ def test_a_second_interrupt_ends_it_at_once_and_leaves_nothing_half(place):
     finally:
         process.kill()
         process.join()
-    assert process.exitcode not in (0, -signal.SIGKILL)
+    assert process.exitcode == EXIT_INTERRUPTED
+    assert "a signal, without saving" in words((place.root / "output").read_text())
+    assert place.steps() == []
     assert sft(place.argv(*SETTINGS, "policy.train_global_batch_size=128")) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_while_starting_ends_it_and_the_same_command_starts_again(place, number):
+    process = start_fork(place.argv(*SETTINGS), place.root / "output")
+    try:
+        wait_until(lambda: "reading" in said_by(place), every_s=0.001)
+        os.kill(process.pid, number)
+        process.join(timeout=60)
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == EXIT_INTERRUPTED, said_by(place)
+    assert "a signal, without saving" in said_by(place) and "Traceback" not in said_by(place)
+    assert sft(place.argv(*SETTINGS)) == 0
+
+
+def said_by(place):
+    output = place.root / "output"
+    return words(output.read_text()) if output.exists() else ""
 
 
 def test_the_time_limit_saves_and_ends_the_run(place, capsys):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -63,14 +64,8 @@ def test_every_layout_gives_the_losses_of_one_process(place, in_one_process, lay
     last = [run.values()[-1]["validation/val_loss"] for run in (place, in_one_process)]
     assert last[0] == pytest.approx(last[1], abs=1e-5)
     assert place.steps() == [2, 4]
-
-
-def test_a_checkpoint_of_two_workers_continues_in_one_process(place, in_one_process):
-    stopped = "checkpointing.checkpoint_must_save_by=00:00:00:00"
-    both = LAYOUTS["2 workers, tensor parallel"]
-    code, said = end_of(started(place, *SETTINGS, *both, stopped), timeout_s=180)
-    assert code == EXIT_INTERRUPTED, said
-    assert sft(place.argv(*SETTINGS)) == 0
+    shutil.rmtree(place.step(4))
+    assert sft(place.argv(*SETTINGS)) == 0  # continues what the workers began
     assert place.losses() == pytest.approx(in_one_process.losses(), abs=1e-5)
 
 
