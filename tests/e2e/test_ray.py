@@ -16,7 +16,7 @@ STEPS = 4
 CPU = ("cluster.launcher=ray", "cluster.gpus_per_node=0")
 SETTINGS = (
     f"sft.max_num_steps={STEPS}", "policy.scheduler.lr_warmup_iters=1", "policy.optimizer.lr=3e-4",
-    "sft.val_at_end=true", "sft.val_batches=1", "checkpointing.save_period=2",
+    "sft.val_period=2", "sft.val_at_end=true", "sft.val_batches=1", "checkpointing.save_period=2",
 )  # fmt: skip
 LONG = (
     "sft.max_num_steps=4000", "sft.max_num_epochs=1000", "checkpointing.save_period=3",
@@ -24,6 +24,7 @@ LONG = (
 )  # fmt: skip
 LAYOUTS = {
     "1 worker": ("cluster.cpu_workers_per_node=1",),
+    "2 workers": ("cluster.cpu_workers_per_node=2",),
     "2 workers, tensor parallel": (
         "cluster.num_nodes=1", "cluster.cpu_workers_per_node=2",
         "policy.dtensor_cfg.tensor_parallel_size=2",
@@ -61,8 +62,10 @@ def test_every_layout_gives_the_losses_of_one_process(place, in_one_process, lay
     assert place.losses() == pytest.approx(in_one_process.losses(), abs=1e-5)
     for mine, other in zip(place.values(), in_one_process.values(), strict=True):
         assert mine["train/grad_norm"] == pytest.approx(other["train/grad_norm"], abs=1e-4)
-    last = [run.values()[-1]["validation/val_loss"] for run in (place, in_one_process)]
-    assert last[0] == pytest.approx(last[1], abs=1e-5)
+        if mine["step"] % 2 == 0:
+            assert mine["validation/val_loss"] == pytest.approx(
+                other["validation/val_loss"], abs=1e-5
+            )
     assert place.steps() == [2, 4]
     shutil.rmtree(place.step(4))
     assert sft(place.argv(*SETTINGS)) == 0  # continues what the workers began
