@@ -21,6 +21,15 @@ from nemo_like.errors import ConfigError
 
 CHECKPOINT_DIR = "checkpointing.checkpoint_dir"
 AUTO = "auto"
+NOT_THE_RUN = (
+    "train_micro_batch_size",
+    "logprob_batch_size",
+    "logprob_chunk_size",
+    "dynamic_batching",
+    "sequence_packing",
+    "make_sequence_length_divisible_by",
+)
+"""Fields of the policy that say how its steps are computed, not which steps they are."""
 Mode = Literal["run", "dry_run", "print_config", "help"]
 OPTIONS = {
     "--config": "FILE     the configuration (from here, from the repository, or from its configs/)",
@@ -125,7 +134,14 @@ def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> compo
 
 def _named_after(node: Node, path: Path) -> str:
     """A checkpoint folder for this model, data and seed: another configuration, another folder."""
-    what = node.model_dump_json(include={"policy": True, "data": True, "sft": {"seed"}})
+    how = {"env_vars", "activation_checkpointing", "cpu_offload"}
+    what = node.model_dump_json(
+        include={"policy": True, "data": True, "sft": {"seed", "only_unmask_final"}},
+        exclude={
+            "policy": {"dtensor_cfg": how, "megatron_cfg": how} | dict.fromkeys(NOT_THE_RUN, True),
+            "data": {"num_workers", "bad_rows", "max_bad_rows"},
+        },
+    )
     return f"results/{path.stem}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
 
 

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,8 @@ class RunJournal:
         self._tokens = 0
         self._nested: dict[str, Mapping[str, float]] = {}
         self._draft: _Draft | None = None
+        self._background = ThreadPoolExecutor(1, "commit")
+        self._committing: Future[Path] | None = None
         self.last_saved: Path | None = None
         self.last_step_done = steps.start - 1
         self.latest: dict[str, float] = {}
@@ -170,7 +173,8 @@ class RunJournal:
     def record_validation(self, step: int, metrics: Metrics) -> None:
         """Book a validation; before the first step it is written at once."""
         self._validation = flatten(metrics)
-        self.first_validation = self.first_validation or self._validation
+        if step == 0:
+            self.first_validation = self._validation
         if step not in self._steps:
             self._log(step, _prefixed("validation/", self._validation))
             self._validation = {}
@@ -210,23 +214,39 @@ class RunJournal:
             self._draft = _Draft(step, ranked, self._position())
 
     def _commit(self, *, wait: bool) -> None:
-        """Make the draft a checkpoint once its last byte is written; with `wait`, wait for it."""
+        """Make the draft a checkpoint once its last byte is written; with `wait`, wait for it.
+
+        Checksums of many gigabytes take their time: that happens in the background.
+        """
         if self._draft is None or self._checkpoints is None:
             return
         with self.phase("checkpoint"):
-            try:
-                while not self._policy.save_finished():
-                    if not wait:
-                        return
-                    time.sleep(0.05)
-            except NemoLikeError:
-                self._checkpoints.abort(self._draft.step)
-                self._draft = None
-                raise
-            draft, self._draft = self._draft, None
-            self.last_saved = self._checkpoints.commit(
-                draft.step, metrics=draft.metrics, data=draft.position
-            )
+            if self._committing is None:
+                if not self._is_written(wait=wait):
+                    return
+                self._committing = self._background.submit(
+                    self._checkpoints.commit,
+                    self._draft.step,
+                    metrics=self._draft.metrics,
+                    data=self._draft.position,
+                )
+            if wait or self._committing.done():
+                committing, self._committing, self._draft = self._committing, None, None
+                self.last_saved = committing.result()
+
+    def _is_written(self, *, wait: bool) -> bool:
+        """Whether the policy has written the draft; it is dropped if that failed."""
+        assert self._draft is not None and self._checkpoints is not None
+        try:
+            while not self._policy.save_finished():
+                if not wait:
+                    return False
+                time.sleep(0.05)
+        except NemoLikeError:
+            self._checkpoints.abort(self._draft.step)
+            self._draft = None
+            raise
+        return True
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -7,10 +7,11 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from nemo_like.assets import model_folder
 from nemo_like.checkpoint import layout
@@ -18,16 +19,16 @@ from nemo_like.checkpoint.checkpoints import Checkpoints, RunIdentity, SavedChec
 from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.hf_export import write_hf
 from nemo_like.checkpoint.manifest import RunLayout, verify
-from nemo_like.config.command_line import to_yaml
+from nemo_like.config.compose import as_yaml
 from nemo_like.config.policy import PolicyConfig
-from nemo_like.config.sft import SFTTree
+from nemo_like.config.run import CheckpointingConfig, LoggerConfig
 from nemo_like.errors import EXIT_INTERRUPTED, CheckpointError, NemoLikeError, WorkerError
 from nemo_like.interfaces import Policy
 from nemo_like.observability.console import RunConsole, duration
 from nemo_like.observability.records import Answer, collect_facts, ownership_table
 from nemo_like.observability.report import write_report
 from nemo_like.observability.run_folder import RunFolder
-from nemo_like.observability.secrets import redact
+from nemo_like.observability.secrets import redact_tree
 from nemo_like.observability.sinks import build_sinks
 from nemo_like.observability.timing import StepClock, flops_per_token, peak_flops
 from nemo_like.run.journal import RunJournal, StopRequest, handling_signals
@@ -49,14 +50,40 @@ class Resumable(Protocol):
         ...
 
 
+class RunTree(Protocol):
+    """What a session needs of a run's configuration, whatever its algorithm."""
+
+    real_config: ClassVar[str]
+
+    @property
+    def policy(self) -> PolicyConfig:
+        """The model in training."""
+        ...
+
+    @property
+    def checkpointing(self) -> CheckpointingConfig:
+        """When checkpoints are written, and which are kept."""
+        ...
+
+    @property
+    def logger(self) -> LoggerConfig:
+        """Where metrics go."""
+        ...
+
+    def model_dump(self, *, mode: Literal["json"]) -> dict[str, Any]:
+        """The whole tree as plain values."""
+        ...
+
+
 class Session:
     """A run's surroundings.
 
     A run that continues writes on in the log folder it began in, so its curves stay in one piece.
     """
 
-    def __init__(self, tree: SFTTree) -> None:
+    def __init__(self, tree: RunTree) -> None:
         self._tree = tree
+        self._config = redact_tree(tree.model_dump(mode="json"))
         self._began = time.monotonic()
         self._console = RunConsole()
         self._checkpoint_root = Path(tree.checkpointing.checkpoint_dir)
@@ -86,6 +113,14 @@ class Session:
             again = _command() if isinstance(error, WorkerError) else None
             self._console.error(error, last_checkpoint=self._last_good(), next_command=again)
             return error.exit_code
+        except Exception as error:
+            # A full disk under a log, a server that metrics go to, memory: whatever it is, the run
+            # ends like any other, with the trace above.
+            self._console.close()
+            traceback.print_exc()
+            found = NemoLikeError(f"{type(error).__name__}: {error}")
+            self._console.error(found, last_checkpoint=self._last_good(), next_command=_command())
+            return found.exit_code
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
@@ -124,7 +159,7 @@ class Session:
         table = ownership_table(facts.owners)
         self._console.table(table)
         self.folder.write_tables([table])
-        self.folder.write_config(self._tree.model_dump(mode="json"))
+        self.folder.write_config(self._config)
         self.folder.write_facts(collect_facts(parameters=f"{facts.num_parameters:,}"))
         sinks = [*self._sinks(saved), self._console]
         for sink in sinks:
@@ -205,7 +240,7 @@ class Session:
         identity = RunIdentity(
             model=facts.model,
             routing={owner["name"]: owner["optimizer"] for owner in facts.owners},
-            config_yaml=redact(to_yaml(self._tree)),
+            config_yaml=as_yaml(self._config),
             layout=RunLayout(facts.world_size, facts.threads, facts.device),
         )
         checkpoints = stack.enter_context(Checkpoints(self._tree.checkpointing, identity))
@@ -225,7 +260,7 @@ class Session:
         return build_sinks(
             self._tree.logger,
             self.folder,
-            resolved_config=self._tree.model_dump(mode="json"),
+            resolved_config=self._config,
             resume_step=None if saved is None else saved.step,
         )
 
@@ -269,14 +304,15 @@ class Session:
             return shlex.join(
                 ["uv", "run", sys.argv[0], "--config", self._tree.real_config, "--dry-run"]
             )
-        folder = f"{self._tree.checkpointing.checkpoint_dir}_muon"
-        overrides = ["policy.optimizer.optimizer=muon", f"checkpointing.checkpoint_dir={folder}"]
+        overrides = ["policy.optimizer.optimizer=muon"]
+        if any("checkpointing.checkpoint_dir=" in word for word in sys.argv):
+            overrides.append(f"checkpointing.checkpoint_dir={self._checkpoint_root}_muon")
         return f"{_command()} {shlex.join(overrides)}"
 
 
 def read_model_config(policy: PolicyConfig) -> dict[str, Any]:
     """The content of the model's config.json with overrides; imports no transformers."""
-    folder = model_folder(policy.model_name, with_weights=policy.init == "pretrained")
+    folder = model_folder(policy.model_name, with_weights=False)  # weights are the workers' affair
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config | policy.hf_config_overrides
 

@@ -130,12 +130,16 @@ def next_command(capsys):
     return shlex.split(words(capsys).split("Next: ")[1])
 
 
-def test_the_next_command_is_muon_in_a_folder_of_its_own(bench, capsys):
+def test_the_next_command_is_muon(bench, capsys):
     bench.run()
-    assert next_command(capsys)[-2:] == [
-        "policy.optimizer.optimizer=muon",
-        f"checkpointing.checkpoint_dir={bench.root}/checkpoints_muon",
-    ]
+    assert next_command(capsys)[3:] == ["sft.max_num_steps=4", "policy.optimizer.optimizer=muon"]
+
+
+def test_the_next_command_moves_a_named_folder_out_of_the_way(bench, capsys, monkeypatch):
+    named = f"checkpointing.checkpoint_dir={bench.root}/checkpoints"
+    monkeypatch.setattr("sys.argv", ["examples/run_sft.py", named])
+    bench.run()
+    assert next_command(capsys)[3:] == [named, "policy.optimizer.optimizer=muon", f"{named}_muon"]
 
 
 def test_after_muon_the_next_command_is_about_a_real_model(bench, capsys):
@@ -297,9 +301,11 @@ def test_an_error_before_any_checkpoint_says_that_there_is_none(bench, capsys):
     assert "last good checkpoint none was written" in words(capsys)
 
 
-def test_a_bug_keeps_its_traceback(bench):
-    with pytest.raises(ZeroDivisionError):
-        bench.run(until=1, error=ZeroDivisionError())
+def test_a_bug_shows_its_trace_and_ends_like_any_error(bench, capsys):
+    assert bench.run(until=1, error=ZeroDivisionError("by zero")) == 1
+    printed = capsys.readouterr()
+    assert "Traceback" in printed.err and "ZeroDivisionError: by zero" in printed.out
+    assert "last good checkpoint" in printed.out
 
 
 def test_without_checkpoints_every_run_has_a_log_folder_of_its_own(bench):
