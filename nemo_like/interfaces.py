@@ -148,6 +148,10 @@ class Environment(Protocol):
         """One reward per rollout, in order; finite."""
         ...
 
+    def close(self) -> None:
+        """Release processes; safe to call twice."""
+        ...
+
 
 class MetricSink(Protocol):
     """A place that metrics go to: console, file, TensorBoard, W&B, MLflow."""

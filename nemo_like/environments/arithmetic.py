@@ -32,3 +32,6 @@ class ArithmeticEnvironment:
         gold = rollout.prompt.answer.strip()
         expected = int(gold) if _NUMBER.fullmatch(gold) else last_answer(gold)
         return expected is not None and last_answer(rollout.text) == expected
+
+    def close(self) -> None:
+        """Nothing: an environment without processes."""

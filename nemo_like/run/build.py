@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_like.backends.settings import BackendSettings
 from nemo_like.cluster.generator import RemoteGenerator
 from nemo_like.cluster.group import GroupConfig, WorkerGroup
 from nemo_like.cluster.placement import (
@@ -43,6 +44,7 @@ class EngineFactory:
     """What a worker makes an engine from: a copy of the policy's model, and its tokenizer."""
 
     policy: PolicyConfig
+    device: str
 
     def __call__(self) -> Any:
         """The reference engine, without weights yet."""
@@ -57,6 +59,7 @@ class EngineFactory:
         return HFEngine(
             config.to_dict(),
             lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            device=self.device,
         )
 
 
@@ -68,7 +71,7 @@ class Machines:
     generator: Generator | None
 
 
-def policy_factory(policy: PolicyConfig, *, seed: int, skip_budget: int, is_async: bool) -> Any:
+def policy_factory(policy: PolicyConfig, settings: BackendSettings) -> Any:
     """What each worker makes its backend from.
 
     Raises:
@@ -78,9 +81,7 @@ def policy_factory(policy: PolicyConfig, *, seed: int, skip_budget: int, is_asyn
         case DTensorConfig():
             from nemo_like.backends.dtensor.factory import DTensorFactory
 
-            return DTensorFactory(
-                policy, seed=seed, skip_budget=skip_budget, asynchronous_save=is_async
-            )
+            return DTensorFactory(policy, settings)
         case MegatronConfig():
             raise ConfigError(
                 "policy.megatron_cfg.enabled=true: this version validates Megatron "
@@ -106,7 +107,8 @@ def machines(
     if cluster.launcher == "local":
         placement = place(cluster, parallel_sizes(policy), gpus_found=count_local_gpus())
         _take_place(placement, policy.backend.env_vars)
-        yield from _local(factory, batchings, EngineFactory(policy) if with_generator else None)
+        engine = EngineFactory(policy, placement.device) if with_generator else None
+        yield from _local(factory, batchings, engine)
         return
     ray = RayCluster(cluster)
     groups: list[WorkerGroup] = []
@@ -137,7 +139,7 @@ def machines(
         generator = None
         if with_generator:
             generator = RemoteGenerator(
-                group("generator", EngineFactory(policy), place_single(uses_gpu=False))
+                group("generator", EngineFactory(policy, "cpu"), place_single(uses_gpu=False))
             )
         yield Machines(remote, generator)
     finally:

@@ -58,7 +58,7 @@ def _train(tree: SFTTree, session: Session, stack: ExitStack) -> int:
     train(
         world.policy,
         data.loader,
-        _validator(tree, world, data, session),
+        _validator(tree, world, data, session, stack),
         journal,
         sft=tree.sft,
         batch_size=tree.policy.train_global_batch_size,
@@ -102,7 +102,15 @@ def load_sft_data(tree: SFTTree) -> SFTData:
         add_generation_prompt=tree.data.add_generation_prompt,
         only_unmask_final=sft.only_unmask_final,
     )
-    limits = Limits(policy.max_total_sequence_length, read_model_config(policy)["vocab_size"])
+    model = read_model_config(policy)
+    longest = model.get("max_position_embeddings")
+    if longest is not None and policy.max_total_sequence_length > longest:
+        raise ConfigError(
+            f"policy.max_total_sequence_length={policy.max_total_sequence_length} is more than the "
+            f"{longest} positions of {policy.model_name}: lower it, or raise "
+            "policy.hf_config_overrides.max_position_embeddings"
+        )
+    limits = Limits(policy.max_total_sequence_length, model["vocab_size"])
     data = load_data(tree.data, encoder, limits, seed=sft.seed, num_prompts=sft.val_num_answers)
     loader = Loader(
         [source.corpus for source in data.train],
@@ -149,7 +157,7 @@ def _mean_length(data: SFTData) -> float:
 
 
 def _validator(
-    tree: SFTTree, world: Machines, data: SFTData, session: Session
+    tree: SFTTree, world: Machines, data: SFTData, session: Session, stack: ExitStack
 ) -> Callable[[int], Metrics]:
     """What a validation does: the loss on held-out batches, and greedy answers to held-out prompts.
 
@@ -160,6 +168,8 @@ def _validator(
         for source in data.data.validation
         if source.prompts
     ]
+    for _, environment in asked:
+        stack.callback(environment.close)
     sampling = SamplingParams(
         max_new_tokens=tree.sft.val_max_new_tokens,
         temperature=0.0,
