@@ -44,7 +44,7 @@ ABSENT: dict[str, str] = {
     f"{_MEGATRON}.cuda_graph_modules": "CUDA graphs are not built",
     f"{_MEGATRON}.fine_grained_activation_offloading": _OFFLOAD_ACTIVATIONS,
     f"{_MEGATRON}.offload_modules": _OFFLOAD_ACTIVATIONS,
-    f"{_MEGATRON}.moe_per_layer_logging": "experts are logged over all layers",
+    f"{_MEGATRON}.moe_per_layer_logging": "the load of single experts is not logged",
     f"{_MEGATRON}.moe_enable_deepep": "tokens travel by moe_token_dispatcher_type",
     f"{_MEGATRON}.mtp_num_layers": _MTP,
     f"{_MEGATRON}.mtp_loss_scaling_factor": _MTP,
@@ -66,7 +66,7 @@ IGNORED: dict[str, str] = {
     "policy.sequence_packing.sequence_length_round": "packed rows are padded as the layout needs",
     "policy.sequence_packing.microbatch_order": "ranks get equal numbers of micro-batches",
     f"{_DTENSOR}._v2": "there is one implementation",
-    f"{_DTENSOR}.defer_fsdp_grad_sync": "gradients are reduced once per step",
+    f"{_DTENSOR}.defer_fsdp_grad_sync": "gradients are reduced in every micro-batch",
     f"{_MEGATRON}.fused_linear_logprobs_chunk_size": "use policy.logprob_chunk_size",
     f"{_MEGATRON}.cuda_graph_warmup_steps": "CUDA graphs are not built",
     f"{_MEGATRON}.force_reconvert_from_hf": "weights are read afresh, not from a converted copy",
@@ -79,8 +79,8 @@ IGNORED: dict[str, str] = {
     "data.default.processor": "rows are read by input_key, output_key or messages_key",
     "data.train.processor": "rows are read by input_key, output_key or messages_key",
     "data.validation.processor": "rows are read by input_key, output_key or messages_key",
-    "logger.monitor_gpus": "the device's peak memory and MFU are always logged",
-    "logger.gpu_monitoring": "the device's peak memory and MFU are always logged",
+    "logger.monitor_gpus": "peak memory and MFU are logged wherever there is a GPU",
+    "logger.gpu_monitoring": "peak memory and MFU are logged wherever there is a GPU",
     "logger.swanlab": "SwanLab is not one of the sinks",
     "cluster.master_port_range_low": "free ports are found by themselves",
     "cluster.master_port_range_high": "free ports are found by themselves",
@@ -95,6 +95,14 @@ WITHOUT_VALUE: dict[tuple[str, Any], str] = {
         "bfloat16",
     ): "the weights in training are fp32 masters; policy.precision says what is computed in",
     ("checkpointing.model_save_format", "torch_save"): "pickled weights can run code when loaded",
+    **{
+        (
+            f"data.{name}.dataset_name",
+            "squad",
+        ): "its answers are lists beside a context, not a text "
+        "in a column: write its rows as messages to a .jsonl file and name that as data_path"
+        for name in ("train", "validation")
+    },
 }
 """Values that NeMo-RL has and that are refused for a reason worth telling."""
 
@@ -124,6 +132,7 @@ MOVED: dict[str, str] = {
     "policy.optimizer.betas": "policy.optimizer.adam_beta1",
     "policy.optimizer.eps": "policy.optimizer.adam_eps",
     "policy.optimizer.warmup_steps": "policy.scheduler.lr_warmup_iters",
+    "policy.scheduler.warmup_ratio": "policy.scheduler.lr_warmup_fraction",
     "policy.fsdp_offload_enabled": "policy.dtensor_cfg.cpu_offload",
     "policy.activation_checkpointing_enabled": "policy.dtensor_cfg.activation_checkpointing",
     "policy.tensor_parallel_size": "policy.dtensor_cfg.tensor_parallel_size",
@@ -138,7 +147,6 @@ MOVED: dict[str, str] = {
 """Where users look for a key, and where it is: for suggestions only."""
 
 DATASETS: dict[str, dict[str, str]] = {
-    "squad": {"dataset_name": "rajpurkar/squad", "input_key": "question", "output_key": "answers"},
     "OpenMathInstruct-2": {
         "dataset_name": "nvidia/OpenMathInstruct-2",
         "input_key": "problem",
@@ -157,6 +165,7 @@ def translate(draft: Draft) -> None:
             draft.take(path)
     translate_optimizer(draft)
     translate_scheduler(draft)
+    _one_warm_up(draft)
     _zero_is_off(draft)
     _translate_sources(draft)
     for path, reason in ABSENT.items():
@@ -186,6 +195,17 @@ def _is_off(value: Any) -> bool:
     if isinstance(value, dict) and value:
         return not value.get("enabled", False)
     return value in (None, False, 0, "none", "None", "", {}, [])
+
+
+def _one_warm_up(draft: Draft) -> None:
+    """Of the two keys for the length of a warm-up, the one that a later layer wrote counts."""
+    for block in ("policy.scheduler", f"{_MEGATRON}.scheduler"):
+        paths = [f"{block}.lr_warmup_iters", f"{block}.lr_warmup_fraction"]
+        if any(draft.find(path)[1] is None for path in paths):
+            continue
+        first, last = sorted(paths, key=draft.origin)
+        if draft.origin(first).layer < draft.origin(last).layer:
+            draft.take(first)
 
 
 def _zero_is_off(draft: Draft) -> None:

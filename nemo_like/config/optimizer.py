@@ -122,6 +122,8 @@ class SchedulerConfig(Node):
     """Steps until `min_lr` is reached; null is the length of the run."""
     lr_warmup_iters: NonNegative = 0
     """Steps of linear warm-up."""
+    lr_warmup_fraction: Fraction | None = None
+    """The same as a share of `lr_decay_iters`; of the two keys the later one counts."""
     lr_warmup_init: NonNegativeFloat = 0.0
     """Learning rate that the warm-up starts from."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
@@ -148,20 +150,44 @@ class SchedulerConfig(Node):
                 ("lr_decay_style", "lr_wsd_decay_iters"),
                 "only lr_decay_style=WSD has such a part",
             )
-        end = self.lr_decay_iters
-        if end is not None and self.lr_warmup_iters >= end:
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
             yield Conflict(
-                ("lr_warmup_iters", "lr_decay_iters"), "the warm-up must end before the decay does"
+                ("lr_warmup_iters", "lr_warmup_fraction"),
+                "two lengths of one warm-up: leave one of them out",
             )
-        last = self.lr_wsd_decay_iters if wsd else None
-        if end is not None and last is not None and self.lr_warmup_iters + last > end:
-            yield Conflict(
-                ("lr_warmup_iters", "lr_wsd_decay_iters", "lr_decay_iters"),
-                "warm-up and last part together are longer than the schedule",
-            )
+        elif self.lr_decay_iters is not None:
+            yield from self.misfits(self.lr_decay_iters)
         both = (self.start_weight_decay, self.end_weight_decay)
         if self.weight_decay_incr_style == "constant" and both[0] != both[1]:
             yield Conflict(
                 ("weight_decay_incr_style", "start_weight_decay", "end_weight_decay"),
                 "a constant weight decay starts and ends at the same value",
+            )
+
+    @property
+    def has_warmup(self) -> bool:
+        """True where the learning rate starts at `lr_warmup_init`."""
+        return bool(self.lr_warmup_iters or self.lr_warmup_fraction)
+
+    def warmup_steps(self, total_steps: int) -> float:
+        """The length of the warm-up in a run of so many steps, not rounded (nor is Megatron's)."""
+        if self.lr_warmup_fraction is None:
+            return self.lr_warmup_iters
+        return self.lr_warmup_fraction * (self.lr_decay_iters or total_steps)
+
+    def misfits(self, total_steps: int) -> Iterator[Conflict]:
+        """Parts of the schedule that a run of so many steps has no room for."""
+        end, warmup = self.lr_decay_iters or total_steps, self.warmup_steps(total_steps)
+        key = "lr_warmup_iters" if self.lr_warmup_fraction is None else "lr_warmup_fraction"
+        last = self.lr_wsd_decay_iters or 0
+        if warmup > end or (warmup == end and self.lr_decay_style != "constant"):
+            yield Conflict(
+                (key, "lr_decay_iters"),
+                f"the warm-up ({warmup:g} steps) must end before the schedule does ({end})",
+            )
+        elif warmup + last > end:
+            yield Conflict(
+                (key, "lr_wsd_decay_iters", "lr_decay_iters"),
+                f"warm-up ({warmup:g} steps) and last part ({last}) are together longer than the "
+                f"schedule ({end})",
             )

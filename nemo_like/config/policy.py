@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import lcm
 from typing import Any, Literal
 
 from pydantic import Field
@@ -88,7 +89,7 @@ class DynamicBatchingConfig(Node):
     logprob_mb_tokens: Positive | None = None
     """The same for passes without gradient; null is `train_mb_tokens`."""
     sequence_length_round: Positive = 64
-    """Row lengths are rounded up to a multiple of this."""
+    """Lengths count as rounded up to a multiple of this when rows are fitted into the budget."""
 
 
 class SequencePackingConfig(Node):
@@ -180,9 +181,29 @@ class PolicyConfig(Node):
         return self.make_sequence_length_divisible_by or self.backend.sequence_divisor
 
     @property
-    def tokenizer_name(self) -> str:
-        """Name or path of the tokenizer."""
-        return self.tokenizer.name or self.model_name
+    def logprob_rows(self) -> int:
+        """Sequences of one pass without gradient (plain batches)."""
+        return self.logprob_batch_size or self.train_micro_batch_size
+
+    def token_budget(self, *names: str) -> tuple[str, int | None]:
+        """Key and value of the first of these budgets that is set; None where rows are counted."""
+        for block in ("dynamic_batching", "sequence_packing"):
+            for name in names if getattr(self, block).enabled else ():
+                if (tokens := getattr(getattr(self, block), name)) is not None:
+                    return f"{block}.{name}", tokens
+        return "", None
+
+    @property
+    def length_multiple(self) -> int:
+        """A sequence counts as rounded up to a multiple of this where a token budget is filled."""
+        dynamic = self.dynamic_batching
+        return lcm(self.sequence_divisor, dynamic.sequence_length_round if dynamic.enabled else 1)
+
+    @property
+    def longest_sequence(self) -> int:
+        """The tokens that the longest sequence counts as where a token budget is filled."""
+        multiple = self.length_multiple
+        return -(-self.max_total_sequence_length // multiple) * multiple
 
     def _overrides(self, block: str) -> dict[str, Any]:
         """What the active backend sets itself of `optimizer` or `scheduler`."""
@@ -223,11 +244,12 @@ class PolicyConfig(Node):
         for name in ("dynamic_batching", "sequence_packing"):
             block: DynamicBatchingConfig | SequencePackingConfig = getattr(self, name)
             for budget in ("train_mb_tokens", "logprob_mb_tokens"):
-                tokens = getattr(block, budget)
-                if block.enabled and tokens and tokens < self.max_total_sequence_length:
+                tokens, longest = getattr(block, budget), self.longest_sequence
+                if block.enabled and tokens and tokens < longest:
                     yield Conflict(
                         (f"{name}.{budget}", "max_total_sequence_length"),
-                        "the budget must hold the longest sequence",
+                        "the budget must hold the longest sequence, which counts as "
+                        f"{longest} tokens (a multiple of {self.length_multiple})",
                     )
         given, needed = self.make_sequence_length_divisible_by, self.backend.sequence_divisor
         if given is not None and given % needed:
@@ -255,7 +277,7 @@ class PolicyConfig(Node):
             yield Conflict(
                 (lr, self.key_of("optimizer", "min_lr")), "a decay ends below where it starts"
             )
-        if scheduler.lr_warmup_iters and scheduler.lr_warmup_init > optimizer.lr:
+        if scheduler.has_warmup and scheduler.lr_warmup_init > optimizer.lr:
             yield Conflict(
                 (lr, self.key_of("scheduler", "lr_warmup_init")), "a warm-up starts below its end"
             )

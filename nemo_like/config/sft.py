@@ -31,14 +31,14 @@ class SFTConfig(Node):
     """Batches of one validation; 0 is all."""
     val_global_batch_size: Positive = 32
     """Sequences of one validation batch."""
-    val_micro_batch_size: Positive = 1
-    """Sequences of one forward pass per rank in validation."""
+    val_micro_batch_size: Positive | None = None
+    """Sequences of one forward pass per rank in validation; null is `policy.logprob_batch_size`."""
     val_at_start: bool = True
     """Validate before the first step."""
     val_at_end: bool = True
     """Validate after the last step."""
     val_num_answers: NonNegative = 0
-    """Held-out prompts answered greedily, judged by `env_name`, at start and end; 0 is none."""
+    """Prompts of each validation source to answer greedily, except before step 1; 0 is none."""
     val_max_new_tokens: Positive = 128
     """Longest such answer."""
     seed: NonNegative = 42
@@ -75,19 +75,28 @@ class SFTTree(Node):
         yield from missing_files(self.policy, self.data)
         yield from secret_conflicts(self.policy)
         yield from self._validation_conflicts()
-        schedule, steps = self.policy.active_scheduler, self.sft.max_num_steps
-        if schedule.lr_decay_iters is None and schedule.lr_warmup_iters > steps:
-            yield Conflict(
-                (
-                    f"policy.{self.policy.key_of('scheduler', 'lr_warmup_iters')}",
-                    "sft.max_num_steps",
-                ),
-                "the run ends before its warm-up does",
-            )
+        yield from self._schedule_conflicts()
+
+    def _schedule_conflicts(self) -> Iterator[Conflict]:
+        """A schedule as long as the run, with no room for its parts."""
+        schedule = self.policy.active_scheduler
+        both = schedule.lr_warmup_iters and schedule.lr_warmup_fraction is not None
+        if schedule.lr_decay_iters is not None or both:  # judged without the run
+            return
+        for found in schedule.misfits(self.sft.max_num_steps):
+            keys = (f"policy.{self.policy.key_of('scheduler', key)}" for key in found.keys[:-1])
+            yield Conflict((*keys, "sft.max_num_steps"), found.message)
 
     def _validation_conflicts(self) -> Iterator[Conflict]:
         held_out, sft = self.data.held_out(), self.sft
         validates = bool(held_out) and (sft.val_period > 0 or sft.val_at_start or sft.val_at_end)
+        budget, tokens = self.policy.token_budget("logprob_mb_tokens", "train_mb_tokens")
+        rows = sft.val_micro_batch_size
+        if rows is not None and tokens is not None and rows != self.policy.logprob_rows:
+            yield Conflict(
+                ("sft.val_micro_batch_size", f"policy.{budget}"),
+                "validation batches are cut by this token budget: leave val_micro_batch_size out",
+            )
         ranked_by = self.checkpointing.metric_name or ""
         if self.checkpointing.enabled and ranked_by.startswith("val:") and not validates:
             yield Conflict(

@@ -8,7 +8,6 @@ one plan.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +30,7 @@ class Batching:
 
     `plain`: up to `micro_batch_size` rows. `dynamic`: rows of similar length, of `max_tokens` in
     all, padding included. `packed`: one row of up to `max_tokens`, which holds several sequences.
-    Lengths count as rounded up to a multiple of `round_to`.
+    Lengths count as rounded up to a multiple of `round_to`; rows are padded by the backend.
     """
 
     kind: Literal["plain", "dynamic", "packed"] = "plain"
@@ -43,34 +42,23 @@ class Batching:
     @classmethod
     def for_training(cls, policy: PolicyConfig) -> Batching:
         """The micro-batches of passes with gradient."""
-        dynamic, packing = policy.dynamic_batching, policy.sequence_packing
-        size = policy.train_micro_batch_size
-        return cls._of(policy, size, dynamic.train_mb_tokens, packing.train_mb_tokens)
+        _, tokens = policy.token_budget("train_mb_tokens")
+        return cls._of(policy, policy.train_micro_batch_size, tokens)
 
     @classmethod
-    def for_logprobs(cls, policy: PolicyConfig) -> Batching:
-        """The micro-batches of passes without gradient."""
-        dynamic, packing = policy.dynamic_batching, policy.sequence_packing
-        return cls._of(
-            policy,
-            policy.logprob_batch_size or policy.train_micro_batch_size,
-            dynamic.logprob_mb_tokens or dynamic.train_mb_tokens,
-            packing.logprob_mb_tokens or packing.train_mb_tokens,
-        )
+    def for_logprobs(cls, policy: PolicyConfig, micro_batch_size: int | None = None) -> Batching:
+        """The micro-batches of passes without gradient; None is the policy's own size."""
+        _, tokens = policy.token_budget("logprob_mb_tokens", "train_mb_tokens")
+        return cls._of(policy, micro_batch_size or policy.logprob_rows, tokens)
 
     @classmethod
-    def _of(
-        cls, policy: PolicyConfig, size: int, dynamic_tokens: int | None, packed_tokens: int | None
-    ) -> Batching:
-        divisor = policy.sequence_divisor
+    def _of(cls, policy: PolicyConfig, size: int, max_tokens: int | None) -> Batching:
+        round_to, tokens = policy.length_multiple, max_tokens or size * policy.longest_sequence
         if policy.sequence_packing.enabled:
-            tokens = packed_tokens or size * _round_up(policy.max_total_sequence_length, divisor)
-            return cls("packed", size, tokens, divisor, policy.sequence_packing.algorithm)
+            return cls("packed", size, tokens, round_to, policy.sequence_packing.algorithm)
         if policy.dynamic_batching.enabled:
-            round_to = math.lcm(policy.dynamic_batching.sequence_length_round, divisor)
-            tokens = dynamic_tokens or size * _round_up(policy.max_total_sequence_length, round_to)
             return cls("dynamic", size, tokens, round_to)
-        return cls("plain", size, round_to=divisor)
+        return cls("plain", size, round_to=round_to)
 
 
 @dataclass(frozen=True)
@@ -180,7 +168,11 @@ def _packed_groups(lengths: Sequence[int], num_ranks: int, batching: Batching) -
 
 
 def _level(longest_first: Sequence[int], num: int, lengths: Sequence[int]) -> list[Group]:
-    """`num` groups of about equal tokens: each sequence joins the lightest group so far."""
+    """`num` groups of about equal tokens: each sequence joins the lightest group so far.
+
+    Source: R. L. Graham, "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17,
+    416-429 (1969): longest processing time first.
+    """
     groups: list[Group] = [[] for _ in range(num)]
     lightest = [(0, k) for k in range(num)]
     for index in longest_first:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from torch.optim import Optimizer
 
@@ -21,6 +20,9 @@ class Schedule:
 
     Source: Megatron-LM's `OptimizerParamScheduler`, whose values these are. Changed: settings that
     it would turn into a jump or a division by zero are refused.
+
+    Raises:
+        ConfigError: the run is too short for the schedule.
     """
 
     def __init__(
@@ -32,14 +34,16 @@ class Schedule:
         self.config = scheduler
         self.start_decay = _either(scheduler.start_weight_decay, optimizer.weight_decay)
         self.end_decay = _either(scheduler.end_weight_decay, optimizer.weight_decay)
-        problems = list(self._problems())
-        if problems:
-            raise ConfigError("policy.scheduler: " + "; ".join(problems))
+        self.warmup_steps = scheduler.warmup_steps(total_steps)
+        # The configuration was checked with the steps it names; the data may have fewer.
+        for found in scheduler.misfits(total_steps):
+            keys = " and ".join(f"policy.scheduler.{key}" for key in found.keys)
+            raise ConfigError(f"{keys}: {found.message}; the run has {total_steps} steps")
 
     def lr(self, step: int) -> float:
         """The learning rate after `step` finished steps."""
         config, delta = self.config, self.peak - self.floor
-        warmup = config.lr_warmup_iters
+        warmup = self.warmup_steps
         if warmup > 0 and step <= warmup:
             start = config.lr_warmup_init
             return start + (self.peak - start) * step / warmup
@@ -83,24 +87,6 @@ class Schedule:
                 return 2.0 * math.pow(0.5, ratio) - 1.0
             case "minus_sqrt":
                 return 1.0 - math.sqrt(ratio)
-
-    def _problems(self) -> Iterator[str]:
-        config = self.config
-        if self.floor > self.peak:
-            yield f"min_lr={self.floor} is above lr={self.peak}"
-        if config.lr_warmup_init > self.peak:
-            yield f"lr_warmup_init={config.lr_warmup_init} is above lr={self.peak}"
-        ramp = self.decay_steps - config.lr_warmup_iters
-        if config.lr_decay_style != "constant" and ramp <= 0:
-            yield (
-                f"lr_warmup_iters={config.lr_warmup_iters} leaves nothing of the decay's "
-                f"{self.decay_steps} steps (lr_decay_iters; null is the length of the run)"
-            )
-        if (config.lr_wsd_decay_iters or 0) > ramp:
-            yield (
-                f"lr_wsd_decay_iters={config.lr_wsd_decay_iters} is more than the {ramp} steps "
-                "between warm-up and end of the decay"
-            )
 
 
 def _cosine(ratio: float) -> float:

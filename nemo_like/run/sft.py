@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from nemo_like.algorithms.evaluate import evaluate
@@ -74,7 +74,7 @@ def _machines(tree: SFTTree, session: Session) -> Any:
         skip_budget=sft.skip_non_finite_steps,
         is_async=tree.checkpointing.is_async,
     )
-    logprob = replace(Batching.for_logprobs(policy), micro_batch_size=sft.val_micro_batch_size)
+    logprob = Batching.for_logprobs(policy, sft.val_micro_batch_size)
     return machines(
         policy,
         tree.cluster,

@@ -21,7 +21,12 @@ DECAYS = [
         for style in ("exponential", "linear", "cosine", "minus_sqrt")
     ],
 ]
-WARMUPS = [{}, {"lr_warmup_iters": 6}, {"lr_warmup_iters": 6, "lr_warmup_init": 1e-5}]
+WARMUPS = [
+    {},
+    {"lr_warmup_iters": 6},
+    {"lr_warmup_iters": 6, "lr_warmup_init": 1e-5},
+    {"lr_warmup_fraction": 0.11},
+]
 WEIGHT_DECAYS = [
     {},
     {"start_weight_decay": 0.0, "weight_decay_incr_style": "linear"},
@@ -44,7 +49,7 @@ def megatron(**settings):
         init_lr=config.lr_warmup_init,
         max_lr=OPTIMIZER["lr"],
         min_lr=OPTIMIZER["min_lr"],
-        lr_warmup_steps=config.lr_warmup_iters,
+        lr_warmup_steps=config.warmup_steps(TOTAL),
         lr_decay_steps=config.lr_decay_iters or TOTAL,
         lr_decay_style=config.lr_decay_style,
         start_wd=peak if start is None else start,
@@ -79,11 +84,15 @@ def test_every_group_gets_the_values_of_the_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr_warmup_init": 1.0}, "lr_warmup_init=1.0 is above lr"),
-        ({"lr_decay_style": "linear", "lr_warmup_iters": TOTAL}, "lr_warmup_iters=40 leaves"),
+        ({"lr_warmup_iters": TOTAL + 1}, r"lr_warmup_iters .* \(41 steps\) must end before"),
+        ({"lr_decay_style": "linear", "lr_warmup_iters": TOTAL}, r"lr_warmup_iters .* \(40 steps"),
+        (
+            {"lr_decay_style": "linear", "lr_warmup_fraction": 1.0},
+            r"lr_warmup_fraction .*; the run",
+        ),
         (
             {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 38, "lr_warmup_iters": 6},
-            "lr_wsd_decay_iters=38 is more than the 34 steps",
+            r"lr_wsd_decay_iters .*warm-up \(6 steps\) and last part \(38\)",
         ),
     ],
 )
@@ -92,6 +101,6 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(settings, message):
         schedule(**settings)
 
 
-def test_a_floor_above_the_peak_is_refused():
-    with pytest.raises(ConfigError, match=r"min_lr=0.1 is above lr=0.01"):
-        Schedule(OptimizerConfig(lr=0.01, min_lr=0.1), SchedulerConfig(), TOTAL)
+def test_without_a_decay_a_floor_above_the_peak_means_nothing():
+    constant = Schedule(OptimizerConfig(lr=0.01, min_lr=0.1), SchedulerConfig(), TOTAL)
+    assert constant.lr(TOTAL + 1) == 0.01
