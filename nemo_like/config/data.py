@@ -30,11 +30,11 @@ class DatasetConfig(Node):
     messages_key: str | None = None
     """Column of chat messages `[{role, content}, ...]`; replaces `input_key` and `output_key`."""
     weight: PositiveFloat = 1.0
-    """Share of this source among several, relative to the others."""
+    """Share of this training source among several, relative to the others."""
     split_validation_size: Fraction = 0.0
-    """Share of the rows held out for validation."""
+    """Share of the rows of this training source that are held out for validation."""
     seed: NonNegative | None = None
-    """Seed of the hold-out; null is the algorithm's seed."""
+    """Seed of the hold-out and of the rows of `arithmetic`; null is the algorithm's seed."""
     num_rows: Positive | None = None
     """Take the first rows only (of `arithmetic`: generate that many)."""
     prompt_file: str | None = None
@@ -120,7 +120,21 @@ class DataConfig(Node):
         }
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Lists without a source."""
+        """Lists without a source; keys that only training sources have."""
         for name in ("train", "validation"):
             if getattr(self, name) == ():
                 yield Conflict((name,), "the list is empty")
+        for path, source in self.sources().items():
+            if path.startswith("data.train"):
+                continue
+            key = path.removeprefix("data.")
+            if source.split_validation_size:
+                yield Conflict(
+                    (f"{key}.split_validation_size",),
+                    "all rows of this source are for validation: leave it out",
+                )
+            if source.weight != 1:
+                yield Conflict(
+                    (f"{key}.weight",),
+                    "validation draws from its sources in proportion to their rows: leave it out",
+                )

@@ -79,7 +79,7 @@ def wrong_value(value: Any, key: Key) -> str:
         guess = nearest_choice(value, choices)
         return f"{expected}; did you mean {guess}?" if guess else expected
     if key.type.startswith("str") and isinstance(value, int | float):
-        return f"{expected}; write a text that looks like a number in quotes: '\"{value}\"'"
+        return f"{expected}; if this is meant as text, put it in quotes: '\"{show(value)}\"'"
     return expected
 
 

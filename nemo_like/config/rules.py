@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_like.assets import bundled
 from nemo_like.config.base import Conflict
 from nemo_like.config.data import DataConfig
 from nemo_like.config.megatron import MegatronConfig
@@ -67,20 +68,11 @@ def _expert_conflicts(
 def _batch_conflicts(
     policy: PolicyConfig, replicas: int, layout: tuple[str, ...]
 ) -> Iterator[Conflict]:
-    total, micro = policy.train_global_batch_size, policy.train_micro_batch_size
-    if total % replicas:
+    total = policy.train_global_batch_size
+    if total < replicas:
         yield Conflict(
             ("policy.train_global_batch_size", *layout),
-            f"the {replicas} data-parallel ranks can not share {total} sequences equally",
-        )
-        return
-    share = total // replicas
-    by_budget = policy.dynamic_batching.enabled or policy.sequence_packing.enabled
-    if not by_budget and share > micro and share % micro:
-        yield Conflict(
-            ("policy.train_micro_batch_size", "policy.train_global_batch_size", *layout),
-            f"each of the {replicas} data-parallel ranks has {share} sequences, "
-            f"which are no whole number of micro-batches of {micro}",
+            f"{total} sequences are too few for the {replicas} data-parallel ranks: each needs one",
         )
 
 
@@ -95,14 +87,14 @@ def tuning_conflicts(policy: PolicyConfig, real_config: str) -> Iterator[Conflic
 
 
 def length_conflicts(policy: PolicyConfig, data: DataConfig) -> Iterator[Conflict]:
-    """Sequences longer than the policy, or than the model if it is a local folder, can hold."""
+    """Sequences longer than the policy, or than the model if it is local or bundled, can hold."""
     limit = policy.max_total_sequence_length
     if data.max_input_seq_length is not None and data.max_input_seq_length > limit:
         yield Conflict(
             ("data.max_input_seq_length", "policy.max_total_sequence_length"),
             "an example can not be longer than a sequence",
         )
-    config = Path(policy.model_name) / "config.json"
+    config = (bundled(policy.model_name) or Path(policy.model_name)) / "config.json"
     if config.is_file():
         model = json.loads(config.read_text()) | policy.hf_config_overrides
         longest = model.get("max_position_embeddings")
@@ -138,5 +130,5 @@ def secret_conflicts(policy: PolicyConfig) -> Iterator[Conflict]:
                 yield Conflict(
                     (f"policy.{block}.env_vars.{name}",),
                     "looks like a secret, and configs are saved beside checkpoints: "
-                    "export it in the shell instead; workers inherit it",
+                    "export it in the shell instead, on a cluster in the one that starts Ray",
                 )

@@ -108,7 +108,7 @@ class ClusterConfig(Node):
     cpu_workers_per_node: Positive = 1
     """Workers of each machine where `gpus_per_node` is 0."""
     cpu_threads_per_worker: Positive = 1
-    """Threads of each worker where `gpus_per_node` is 0."""
+    """CPU threads of each worker, with or without a GPU."""
     worker_timeout_s: PositiveFloat = 1800.0
     """A call that takes longer than this counts as a hang and ends the run."""
 

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from nemo_like.config.base import Node
 
 LIMITS = {limits.Gt: ">", limits.Ge: ">=", limits.Lt: "<", limits.Le: "<="}
+MAPPING_OF = "mapping of "
 NAMES = {bool: "true | false", type(None): "null"}
 
 
@@ -83,7 +84,7 @@ def _text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if origin is tuple:
         return f"list of {_text(args[0])}"
     if origin is dict:
-        return "mapping"
+        return "mapping" if args[1] is Any else f"{MAPPING_OF}{_text(args[1])}"
     return " ".join(
         [NAMES.get(annotation, getattr(annotation, "__name__", "?")), *_limit(metadata)]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from nemo_like.config.base import DEFER_CONFLICTS, Node, conflicts_of
 from nemo_like.config.draft import Draft, Problem, find, split
 from nemo_like.config.report import unknown_key, wrong_value
-from nemo_like.config.schema import Key
+from nemo_like.config.schema import MAPPING_OF, Key
 
 Tree = TypeVar("Tree", bound=Node)
 
@@ -77,11 +78,14 @@ def _where(loc: tuple[int | str, ...], values: Any) -> str:
 
 
 def _key(path: str, known: dict[str, Key]) -> Key:
-    """The schema's entry for a path, or for the mapping or list that it is in."""
+    """The schema's entry for a path, or for the list that it is in, or for a value of a mapping."""
     parts = [part for part in split(path) if not part.isdigit()]
+    if ".".join(parts) in known:
+        return known[".".join(parts)]
     while ".".join(parts) not in known:
         parts.pop()
-    return known[".".join(parts)]
+    mapping = known[".".join(parts)]
+    return replace(mapping, type=mapping.type.removeprefix(MAPPING_OF))
 
 
 def _without(values: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:

@@ -87,7 +87,11 @@ def _fill(rows: Bins, lengths: Sequence[int], capacity: int, remaining: _Remaini
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> Bins:
-    """Rows by first-fit decreasing: longest first, each into the first row that it fits in."""
+    """Rows by first-fit decreasing: longest first, each into the first row that it fits in.
+
+    Source: D. S. Johnson, "Fast algorithms for bin packing", J. Comput. Syst. Sci. 8, 272-314
+    (1974).
+    """
     return _fill([], lengths, capacity, _Remaining(lengths))
 
 

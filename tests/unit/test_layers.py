@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assets": {"errors"},
     "errors": set(),
     "types": {"errors"},
-    "config": {"errors"},  # not `types`, which imports torch
+    "config": {"errors", "assets"},  # not `types`, which imports torch
     "interfaces": FOUNDATION,
     **dict.fromkeys(VERBS - {"interfaces"}, FOUNDATION | {"interfaces"}),
     **dict.fromkeys(PARTS, FOUNDATION | VERBS | {"assets"}),

@@ -259,3 +259,11 @@ def test_response_dataset_means_the_local_file(sft, write, tmp_path):
         "data.train.dataset_name=ResponseDataset", f"data.train.data_path={tmp_path}/a.jsonl"
     ).tree
     assert tree.data.train.dataset_name is None
+
+
+def test_of_a_warm_up_in_steps_and_one_as_a_share_the_later_one_counts(sft, write):
+    steps = sft("policy.scheduler.lr_warmup_iters=3").tree.policy.scheduler
+    assert (steps.lr_warmup_iters, steps.lr_warmup_fraction) == (3, None)
+    share = sft("policy.scheduler.lr_warmup_iters=3", "policy.scheduler.lr_warmup_fraction=0.1")
+    assert (share.tree.policy.scheduler.lr_warmup_iters) == 0
+    assert share.tree.policy.scheduler.lr_warmup_fraction == 0.1

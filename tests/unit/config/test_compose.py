@@ -172,3 +172,13 @@ def test_the_tree_is_frozen(sft):
 def test_parse_takes_any_tree(sft):
     found = parse((), tree=SFTTree, default_config=Path("configs/sft.yaml"))
     assert type(found.tree) is SFTTree
+
+
+def test_a_few_steps_of_the_embedded_default_need_no_other_override(sft):
+    for steps in (1, 2, 5):
+        assert sft(f"sft.max_num_steps={steps}").tree.sft.max_num_steps == steps
+
+
+def test_ranks_need_not_share_a_batch_equally(sft):
+    tree = sft("cluster.gpus_per_node=6", "policy.train_micro_batch_size=5").tree
+    assert tree.policy.train_global_batch_size % tree.cluster.world_size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
 from nemo_like.config.megatron import MegatronConfig
-from nemo_like.config.optimizer import NEWTON_SCHULZ_STEPS, OptimizerConfig
+from nemo_like.config.optimizer import NEWTON_SCHULZ_STEPS, OptimizerConfig, SchedulerConfig
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
 
 
@@ -73,11 +75,6 @@ def test_row_lengths_follow_from_the_active_layout(tp, cp, sequence_parallel, di
     assert multiple.sequence_divisor == 3 * divisor
 
 
-def test_the_tokenizer_is_the_models_unless_named():
-    assert PolicyConfig(model_name="a").tokenizer_name == "a"
-    assert PolicyConfig.model_validate({"tokenizer": {"name": "b"}}).tokenizer_name == "b"
-
-
 @pytest.mark.parametrize("schedule", NEWTON_SCHULZ_STEPS)
 def test_a_schedule_takes_the_steps_it_was_made_for_and_no_others(schedule):
     allowed = NEWTON_SCHULZ_STEPS[schedule]
@@ -93,3 +90,28 @@ def test_a_schedule_takes_the_steps_it_was_made_for_and_no_others(schedule):
 def test_a_node_that_is_built_directly_refuses_conflicts_too():
     with pytest.raises(ValidationError, match="exactly one backend"):
         PolicyConfig.model_validate({"megatron_cfg": {"enabled": True}})
+
+
+@pytest.mark.parametrize(
+    ("written", "steps"),
+    [
+        ({}, 0),
+        ({"lr_warmup_iters": 7}, 7),
+        ({"lr_warmup_fraction": 0.25}, 10),
+        ({"lr_warmup_fraction": 0.25, "lr_decay_iters": 80}, 20),
+        ({"lr_warmup_fraction": 0.01}, 0.4),
+    ],
+)
+def test_a_warm_up_is_so_many_steps_or_a_share_of_the_schedule(written, steps):
+    assert SchedulerConfig.model_validate(written).warmup_steps(40) == steps
+
+
+def test_without_a_decay_a_floor_above_the_learning_rate_is_no_conflict():
+    policy = PolicyConfig.model_validate({"optimizer": {"lr": 1e-3, "min_lr": 1e-2}})
+    assert policy.scheduler.lr_decay_style == "constant"
+
+
+def test_numbers_in_the_environment_become_text():
+    env_vars = {"NCCL_IB_DISABLE": 1, "RATIO": 0.5, "NAME": "a"}
+    read = DTensorConfig.model_validate_json(json.dumps({"env_vars": env_vars}), strict=True)
+    assert read.env_vars == {"NCCL_IB_DISABLE": "1", "RATIO": "0.5", "NAME": "a"}

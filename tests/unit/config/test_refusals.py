@@ -66,7 +66,13 @@ WRONG_VALUES = {
     "policy.optimizer.adam_beta2=1.0": "less than 1",
     "policy.optimizer.muon_exclude=['(']": "no regular expression",
     "policy.max_total_sequence_length=0": "int > 0",
-    "policy.dtensor_cfg.env_vars.A=[1]": "mapping",
+    "policy.dtensor_cfg.env_vars.A=[1]": "expected str",
+    "policy.dtensor_cfg.env_vars.A=true": "in quotes: '\"true\"'",
+    "policy.dtensor_cfg.env_vars=3": "expected mapping of str",
+    "policy.scheduler.lr_warmup_fraction=1.5": "float >= 0 <= 1",
+    "data.train.dataset_name=squad": "write its rows as messages",
+    "data.validation.split_validation_size=0.1": "are for validation",
+    "data.validation.weight=2": "in proportion to their rows",
     "policy.dtensor_cfg.env_vars.HF_TOKEN=abc": "looks like a secret",
     "data.train=3": "section",
     "data.train.env_name=arithmetics": "did you mean arithmetic",
@@ -179,12 +185,8 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("policy.dtensor_cfg.dp_replicate_size", "cluster.gpus_per_node"),
     ),
     "global batch": (
-        ("cluster.gpus_per_node=6",),
+        ("cluster.gpus_per_node=64",),
         ("policy.train_global_batch_size", "cluster.gpus_per_node"),
-    ),
-    "micro-batch": (
-        ("cluster.gpus_per_node=2", "policy.train_micro_batch_size=5"),
-        ("policy.train_micro_batch_size", "policy.train_global_batch_size"),
     ),
     "local launcher": (
         ("cluster.launcher=local", "cluster.gpus_per_node=2"),
@@ -201,6 +203,26 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "token budget": (
         ("policy.sequence_packing.enabled=true", "policy.sequence_packing.train_mb_tokens=8"),
         ("policy.sequence_packing.train_mb_tokens", "policy.max_total_sequence_length"),
+    ),
+    "token budget and rounded length": (
+        (
+            "policy.dynamic_batching.enabled=true",
+            "policy.max_total_sequence_length=1000",
+            "policy.dynamic_batching.train_mb_tokens=1000",
+        ),
+        ("policy.dynamic_batching.train_mb_tokens", "policy.max_total_sequence_length"),
+    ),
+    "token budget and validation rows": (
+        (
+            "policy.sequence_packing.enabled=true",
+            "policy.sequence_packing.train_mb_tokens=1024",
+            "sft.val_micro_batch_size=4",
+        ),
+        ("sft.val_micro_batch_size", "policy.sequence_packing.train_mb_tokens"),
+    ),
+    "more than the bundled model's positions": (
+        ("policy.max_total_sequence_length=4096",),
+        ("policy.max_total_sequence_length", "policy.model_name"),
     ),
     "context parallel on DTensor": (
         ("policy.dtensor_cfg.context_parallel_size=2",),
@@ -239,6 +261,29 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "warm-up and run": (
         ("sft.max_num_steps=2", "policy.scheduler.lr_warmup_iters=9"),
         ("policy.scheduler.lr_warmup_iters", "sft.max_num_steps"),
+    ),
+    "a warm-up as long as a run that decays": (
+        ("sft.max_num_steps=9", "policy.scheduler.lr_warmup_iters=9"),
+        ("policy.scheduler.lr_warmup_iters", "sft.max_num_steps"),
+    ),
+    "a warm-up of the whole run": (
+        ("policy.scheduler.lr_warmup_fraction=1",),
+        ("policy.scheduler.lr_warmup_fraction", "sft.max_num_steps"),
+    ),
+    "last part and run": (
+        (
+            "policy.scheduler.lr_decay_style=WSD",
+            "policy.scheduler.lr_wsd_decay_iters=400",
+        ),
+        (
+            "policy.scheduler.lr_warmup_fraction",
+            "policy.scheduler.lr_wsd_decay_iters",
+            "sft.max_num_steps",
+        ),
+    ),
+    "two warm-ups": (
+        ("policy.scheduler={lr_warmup_iters: 3, lr_warmup_fraction: 0.1}",),
+        ("policy.scheduler.lr_warmup_iters", "policy.scheduler.lr_warmup_fraction"),
     ),
     "decay upwards": (
         ("policy.scheduler.lr_decay_style=linear", "policy.optimizer.min_lr=1"),
@@ -319,7 +364,7 @@ def test_a_bad_value_hides_no_conflict_and_invents_none(refused):
     assert report.startswith("1 problem ")
     decay = ("policy.scheduler.lr_decay_style=linear", "policy.optimizer.min_lr=1e-4")
     assert refused("policy.optimizer.lr=x", *decay).startswith("1 problem ")
-    report = refused("sft.seed=x", "cluster.gpus_per_node=3")
+    report = refused("sft.seed=x", "cluster.gpus_per_node=64")
     assert report.startswith("2 problems ")
 
 

@@ -166,3 +166,11 @@ def test_no_rank_gets_the_heavier_micro_batches_every_time():
     ranks = plan(lengths, 4, Batching("plain", micro_batch_size=4))
     totals = [sum(lengths[i] for micro in rank for row in micro for i in row) for rank in ranks]
     assert max(totals) - min(totals) <= 16
+
+
+@pytest.mark.parametrize("block", [{}, {"train_mb_tokens": 2048}])
+def test_validation_may_have_micro_batches_of_its_own_size(block):
+    plain = PolicyConfig(train_micro_batch_size=4, logprob_batch_size=8)
+    assert Batching.for_logprobs(plain, 2).micro_batch_size == 2
+    packed = PolicyConfig(sequence_packing={"enabled": True, **block})
+    assert Batching.for_logprobs(packed, 2).max_tokens == 2 * 1024
