@@ -188,7 +188,8 @@ class PolicyFacts:
     """What a policy tells about itself, the same on every rank.
 
     `model` is the content of the model's config.json. `owners` has one record per trainable
-    parameter: name, shape, optimizer, reason. `num_parameters` counts tied parameters once.
+    parameter: name, shape, optimizer, reason. `num_parameters` counts tied parameters once;
+    `num_looked_up_parameters` are those of them in an input embedding that is no output head too.
     """
 
     model: dict[str, Any]
@@ -197,3 +198,9 @@ class PolicyFacts:
     device: str
     threads: int
     world_size: int
+    num_looked_up_parameters: int = 0
+
+    @property
+    def num_multiplied_parameters(self) -> int:
+        """The parameters that every token is multiplied with: what its FLOPs come from."""
+        return self.num_parameters - self.num_looked_up_parameters

@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_like.backends.settings import BackendSettings
 from nemo_like.checkpoint import rng
 from nemo_like.checkpoint.layout import MODEL, OPTIMIZER
 from nemo_like.checkpoint.store import StateWriter, load_state
 from nemo_like.config.policy import PolicyConfig
-from nemo_like.errors import NonFiniteError
+from nemo_like.errors import NonFiniteError, NoSignalError
 from nemo_like.interfaces import Loss
 from nemo_like.observability.metrics import reduce
 from nemo_like.optim.clip import clip_gradients
@@ -38,20 +38,6 @@ from nemo_like.types import (
 )
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    """How a rank takes a step.
-
-    `row_multiple`: rows are padded to a multiple of this many tokens. `skip_budget`: steps with a
-    non-finite loss or gradient that are left out before one ends the run.
-    """
-
-    max_grad_norm: float | None
-    row_multiple: int = 1
-    skip_budget: int = 0
-    asynchronous_save: bool = False
-
-
 class RankBackend(ABC):
     """One rank of a model in training.
 
@@ -66,14 +52,13 @@ class RankBackend(ABC):
         optimizer: CombinedOptimizer,
         routing: Routing,
         policy: PolicyConfig,
-        settings: StepSettings,
+        settings: BackendSettings,
         device: torch.device,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.routing = routing
-        self._optimizer_config = policy.active_optimizer
-        self._scheduler_config = policy.active_scheduler
+        self.policy = policy
         self._schedule: Schedule | None = None
         self.settings = settings
         self.device = device
@@ -90,6 +75,14 @@ class RankBackend(ABC):
         """
 
     @abstractmethod
+    def _begin_micro_batch(self, *, is_last: bool) -> None:
+        """Say before a forward pass with gradient whether it is the last one of the step."""
+
+    @abstractmethod
+    def _end_logprobs(self) -> None:
+        """Bring the weights into their place of rest after forward passes without gradient."""
+
+    @abstractmethod
     def _finish_gradients(self) -> None:
         """Pay what is owed to the gradients after the last micro-batch: sums over ranks."""
 
@@ -104,6 +97,10 @@ class RankBackend(ABC):
     @abstractmethod
     def _model_config(self) -> dict[str, Any]:
         """The content of the model's config.json."""
+
+    @abstractmethod
+    def _num_looked_up_parameters(self) -> int:
+        """See `PolicyFacts`."""
 
     @property
     def _rank(self) -> int:
@@ -122,22 +119,24 @@ class RankBackend(ABC):
             rows = _sequences(micro_batch)
             part = self._target_logprobs(shard.batch.select(rows), micro_batch)
             result[shard.batch.token_index(rows)] = part.float().cpu()
+        self._end_logprobs()
         return result
 
     def train_step(self, shard: Shard, loss: Loss) -> StepStats:
         """Forward, backward, clip, optimizer and schedule: one whole step.
 
         Raises:
+            NoSignalError: the global batch has no token to learn from.
             NonFiniteError: a loss or gradient is not finite and the budget for skipping is used up;
-            the
-                weights and the optimizer's state are those of before the step.
+                the weights and the optimizer's state are those of before the step.
         """
         assert self._schedule is not None, "begin() comes first"
+        self._refuse_no_signal(shard.batch)
         phases: dict[str, float] = {}
-        with _booked(phases, "forward_backward"):
+        with self._booked(phases, "forward_backward"):
             shares, metrics = self._backward(shard, loss)
-        with _booked(phases, "optimizer"):
-            grad_norm = clip_gradients(self.model.parameters(), self.settings.max_grad_norm)
+        with self._booked(phases, "optimizer"):
+            grad_norm = clip_gradients(self.model.parameters(), self.policy.active_max_grad_norm)
             values = torch.stack(shares).tolist() if shares else []
             if self._is_finite(values, grad_norm):
                 self._schedule.apply(self.optimizer, self.step)
@@ -146,22 +145,49 @@ class RankBackend(ABC):
                 self._skip_or_raise(values, grad_norm)
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
-        metrics |= {
-            "loss": Metric(math.fsum(values), "sum"),
-            "grad_norm": Metric(grad_norm),
-            "lr": Metric(self._schedule.lr(self.step - 1)),
-            "weight_decay": Metric(self._schedule.weight_decay(self.step - 1)),
-            "skipped_steps": Metric(self.skipped_steps),
-            **{name: Metric(value) for name, value in self.optimizer.metrics().items()},
-        }
+        with self._booked(phases, "metrics"):
+            metrics |= {
+                "loss": Metric(math.fsum(values), "sum"),
+                "grad_norm": Metric(grad_norm),
+                "lr": Metric(self._schedule.lr(self.step - 1)),
+                "weight_decay": Metric(self._schedule.weight_decay(self.step - 1)),
+                "skipped_steps": Metric(self.skipped_steps),
+                **{name: Metric(value) for name, value in self.optimizer.metrics().items()},
+                **self._memory(),
+            }
         return StepStats(metrics, phases)
+
+    def _refuse_no_signal(self, batch: TrainBatch) -> None:
+        if batch.num_loss_tokens == 0:
+            raise NoSignalError(
+                f"step {self.step + 1}: none of the batch's {batch.num_sequences} sequences has a "
+                "token that counts in the loss, expected at least one. Look at the loss masks of "
+                "the data (an answer of each row must be left after templates and truncation to "
+                "policy.max_total_sequence_length), or raise policy.train_global_batch_size"
+            )
+
+    def _memory(self) -> Metrics:
+        """The most memory that tensors have taken so far; of a GPU alone."""
+        if self.device.type != "cuda":
+            return {}
+        return {"max_memory_gb": Metric(torch.cuda.max_memory_allocated(self.device) / 1e9, "max")}
+
+    @contextmanager
+    def _booked(self, phases: dict[str, float], name: str) -> Iterator[None]:
+        """Time spent inside is booked under this name, that of kernels started inside included."""
+        start = perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        phases[name] = phases.get(name, 0.0) + perf_counter() - start
 
     def _backward(self, shard: Shard, loss: Loss) -> tuple[list[Tensor], Metrics]:
         """Accumulate the gradients of all micro-batches; the loss's shares and its own metrics."""
         self.model.train()
         shares: list[Tensor] = []
         collected: list[Metrics] = []
-        for micro_batch in shard.micro_batches:
+        for number, micro_batch in enumerate(shard.micro_batches, start=1):
+            self._begin_micro_batch(is_last=number == len(shard.micro_batches))
             batch = shard.batch.select(_sequences(micro_batch))
             logprobs_N = self._target_logprobs(batch, micro_batch)
             share, metrics = loss(logprobs_N, batch.to(self.device))
@@ -194,7 +220,7 @@ class RankBackend(ABC):
         raise NonFiniteError(
             f"step {self.step + 1}: {'; '.join(found[:4])} (gradient norm {grad_norm}). "
             f"The weights were not changed. {self.skipped_steps} steps were skipped before; to "
-            "leave such steps out, raise sft.skip_non_finite_steps "
+            "leave such steps out, raise skip_non_finite_steps in the block of the algorithm "
             f"(now {self.settings.skip_budget})"
         )
 
@@ -214,7 +240,9 @@ class RankBackend(ABC):
 
     def begin(self, total_steps: int) -> PolicyFacts:
         """Lay the schedules over this many steps; the model, its owners, where it runs."""
-        self._schedule = Schedule(self._optimizer_config, self._scheduler_config, total_steps)
+        self._schedule = Schedule(
+            self.policy.active_optimizer, self.policy.active_scheduler, total_steps
+        )
         return PolicyFacts(
             model=self._model_config(),
             owners=self.routing.to_json(),
@@ -222,9 +250,10 @@ class RankBackend(ABC):
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
             world_size=self._world_size,
+            num_looked_up_parameters=self._num_looked_up_parameters(),
         )
 
-    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write this rank's part of the state; returns when it is written or, async, copied."""
         state = self._state()
         if not with_optimizer:
@@ -244,8 +273,7 @@ class RankBackend(ABC):
         """Take this rank's part of what `save` wrote, in whatever layout it was written."""
         template = self._state()
         loaded = {name: load_state(folder / name, template[name]) for name in template}
-        # The model's tensors were filled in place; the optimizer's and the counters are handed
-        # back.
+        # The model's tensors were filled in place; what else was read is handed back.
         progress = loaded[MODEL]["progress"]
         self.step, self.skipped_steps = progress["step"], progress["skipped_steps"]
         self.optimizer.load_state_tree(loaded[OPTIMIZER])
@@ -266,10 +294,3 @@ class RankBackend(ABC):
 
 def _sequences(micro_batch: MicroBatch) -> list[int]:
     return [sequence for row in micro_batch for sequence in row]
-
-
-@contextmanager
-def _booked(phases: dict[str, float], name: str) -> Iterator[None]:
-    start = perf_counter()
-    yield
-    phases[name] = phases.get(name, 0.0) + perf_counter() - start

@@ -14,6 +14,17 @@ from nemo_like.checkpoint.layout import RNG
 from nemo_like.errors import CheckpointError
 
 
+def seed(seed: int, *, stream: int) -> None:
+    """Start the global generators anew: another stream of random numbers for each pair.
+
+    Source: the mixing is numpy's `SeedSequence`, which keeps streams of neighbouring seeds apart.
+    """
+    python, numpy, of_torch = np.random.SeedSequence([seed, stream]).generate_state(3).tolist()
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.manual_seed(of_torch)  # of every GPU too
+
+
 def capture() -> dict[str, Any]:
     """The state of the global generators: Python, numpy, torch, and the GPU if one is used."""
     _, key, position, has_gauss, gauss = np.random.get_state()

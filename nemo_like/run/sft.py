@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_like.algorithms.evaluate import evaluate
 from nemo_like.algorithms.sft import train, validation_loss
+from nemo_like.backends.settings import BackendSettings
 from nemo_like.config.sft import SFTTree
 from nemo_like.data.batching import Batching
 from nemo_like.data.chat import ChatEncoder
@@ -68,17 +69,16 @@ def _train(tree: SFTTree, session: Session, stack: ExitStack) -> int:
 
 def _machines(tree: SFTTree, session: Session) -> Any:
     sft, policy = tree.sft, tree.policy
-    factory = policy_factory(
-        policy,
+    settings = BackendSettings(
         seed=sft.seed,
         skip_budget=sft.skip_non_finite_steps,
-        is_async=tree.checkpointing.is_async,
+        asynchronous_save=tree.checkpointing.is_async,
     )
     logprob = Batching.for_logprobs(policy, sft.val_micro_batch_size)
     return machines(
         policy,
         tree.cluster,
-        factory,
+        policy_factory(policy, settings),
         Batchings(train=Batching.for_training(policy), logprob=logprob),
         log_folder=session.folder.path,
         with_generator=sft.val_num_answers > 0,

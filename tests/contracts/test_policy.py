@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nemo_like.backends.dtensor.factory import DTensorFactory
+from nemo_like.backends.settings import BackendSettings
 from nemo_like.cluster.group import GroupConfig, WorkerGroup
 from nemo_like.cluster.placement import ParallelSizes, place
 from nemo_like.cluster.policy import RemotePolicy
@@ -76,7 +77,7 @@ class World:
 
     def _make(self, kind, model, folder):
         config = config_of(model, kind)
-        factory = DTensorFactory(config, seed=1, asynchronous_save=True)
+        factory = DTensorFactory(config, BackendSettings(seed=1, asynchronous_save=True))
         cuts = {
             "train": Batching.for_training(config), "logprob": Batching.for_logprobs(config)
         }  # fmt: skip

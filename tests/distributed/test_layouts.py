@@ -53,6 +53,7 @@ def batch_of(step, vocab=64):
 def train_on_this_rank(folder, dtensor, options):
     """Loss and gradient norm of every step, and the weights at the end."""
     from nemo_like.backends.dtensor.factory import DTensorFactory
+    from nemo_like.backends.settings import BackendSettings
     from nemo_like.config.policy import PolicyConfig
     from nemo_like.data.batching import Batching, shard
     from nemo_like.losses.nll import NLL
@@ -64,7 +65,7 @@ def train_on_this_rank(folder, dtensor, options):
         dtensor_cfg=dtensor, sequence_packing=options.get("packing", {}),
         dynamic_batching=options.get("dynamic", {}), logprob_chunk_size=options.get("chunk", 1024),
     )  # fmt: skip
-    backend = DTensorFactory(policy, seed=0)()
+    backend = DTensorFactory(policy, BackendSettings(seed=0))()
     backend.begin(STEPS)
     batching = Batching.for_training(policy)
     tensor = policy.dtensor_cfg.tensor_parallel_size

@@ -92,6 +92,7 @@ def test_the_export_loads_in_transformers_with_equal_logits(finished, exported):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from nemo_like.backends.dtensor.backend import DTensorBackend
+    from nemo_like.backends.settings import BackendSettings
     from nemo_like.config.policy import PolicyConfig
 
     tokenizer = AutoTokenizer.from_pretrained(exported)
@@ -103,7 +104,7 @@ def test_the_export_loads_in_transformers_with_equal_logits(finished, exported):
     policy = PolicyConfig(
         model_name="tiny-qwen3", init="random", precision="float32", optimizer={"optimizer": "muon"}
     )
-    ours = DTensorBackend(policy, seed=0)
+    ours = DTensorBackend(policy, BackendSettings(seed=0))
     try:
         ours.load(finished[0].step(STEPS))
         ours.model.eval()

@@ -26,6 +26,7 @@ import transformers  # noqa: E402
 
 from nemo_like.backends.dtensor.factory import DTensorFactory  # noqa: E402
 from nemo_like.backends.dtensor.model import new_hf_model, random_weights  # noqa: E402
+from nemo_like.backends.settings import BackendSettings  # noqa: E402
 from nemo_like.config.policy import PolicyConfig  # noqa: E402
 from nemo_like.data.batching import Batching  # noqa: E402
 from nemo_like.losses.nll import NLL  # noqa: E402
@@ -91,7 +92,7 @@ class Ours:
             max_total_sequence_length=512, optimizer=OPTIMIZER,
         )  # fmt: skip
         batching = Batching.for_training(config)
-        backend = DTensorFactory(config, seed=0)()
+        backend = DTensorFactory(config, BackendSettings(seed=0))()
         self.policy = LocalPolicy(backend, train=batching, logprob=batching)
         self.policy.begin(1000)
 

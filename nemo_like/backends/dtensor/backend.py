@@ -10,12 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from nemo_like.assets import model_folder
-from nemo_like.backends.base import RankBackend, StepSettings
+from nemo_like.backends.base import RankBackend
 from nemo_like.backends.dtensor import model as models
 from nemo_like.backends.dtensor.parallelize import build_mesh, shard_parameters, tensor_parallel
+from nemo_like.backends.settings import BackendSettings
+from nemo_like.checkpoint import rng
 from nemo_like.checkpoint.hf_import import read_hf
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
@@ -32,14 +35,7 @@ class DTensorBackend(RankBackend):
 
     model: models.CausalLM
 
-    def __init__(
-        self,
-        policy: PolicyConfig,
-        *,
-        seed: int,
-        skip_budget: int = 0,
-        asynchronous_save: bool = False,
-    ) -> None:
+    def __init__(self, policy: PolicyConfig, settings: BackendSettings) -> None:
         config = policy.dtensor_cfg
         self._joined, device = _join_process_group()
         if config.cpu_offload and device.type == "cpu":
@@ -48,7 +44,7 @@ class DTensorBackend(RankBackend):
                 "worker runs on a CPU; set it to false"
             )
         self.mesh = build_mesh(config, device.type)
-        model = _build_model(policy, self.mesh, device, seed=seed)
+        model = _build_model(policy, self.mesh, device, seed=settings.seed)
         optimizer, routing = build_optimizer(
             models.named_parameters(model),
             policy.active_optimizer,
@@ -59,22 +55,31 @@ class DTensorBackend(RankBackend):
             optimizer=optimizer,
             routing=routing,
             policy=policy,
-            settings=StepSettings(
-                max_grad_norm=policy.active_max_grad_norm,
-                row_multiple=policy.sequence_divisor,
-                skip_budget=skip_budget,
-                asynchronous_save=asynchronous_save,
-            ),
+            settings=settings,
             device=device,
         )
+        # Tensor-parallel peers draw the same, as they compute on the same sequences.
+        rng.seed(settings.seed, stream=dist.get_rank() // self.mesh["tp"].size())
 
     def _target_logprobs(self, batch: TrainBatch, micro_batch: MicroBatch) -> Tensor:
-        rows = rows_of(batch, micro_batch, multiple=self.settings.row_multiple).to(self.device)
+        rows = rows_of(batch, micro_batch, multiple=self.policy.sequence_divisor).to(self.device)
         logprobs_M = self.model(
             rows.input_ids_RT, rows.position_ids_RT, rows.predictor_M, rows.target_M
         )
         zeros_N = logprobs_M.new_zeros(len(batch.token_ids_N))
         return zeros_N.index_put((rows.source_M,), logprobs_M)
+
+    def _begin_micro_batch(self, *, is_last: bool) -> None:
+        # The gradients of copies (HSDP) are added up once, not at every micro-batch. Within a copy
+        # they are reduced at once: whole gradients would take the memory that FSDP2 saves.
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_all_reduce(is_last)
+
+    def _end_logprobs(self) -> None:
+        # After a forward pass FSDP2 leaves its root gathered, in the type of the computation, for a
+        # backward pass; there is none here.
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
 
     def _finish_gradients(self) -> None:
         # FSDP2 has reduced its own. Without it, a weight that acts on every rank's heads (q_norm)
@@ -93,7 +98,23 @@ class DTensorBackend(RankBackend):
             dist.destroy_process_group()
 
     def _weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in models.named_parameters(self.model)}
+        return {name: parameter.detach() for name, parameter in self._master_weights()}
+
+    def _master_weights(self) -> list[tuple[str, Tensor]]:
+        """The parameters as the optimizer sees them: in full precision, this rank's part."""
+        named: list[tuple[str, Tensor]] = [*models.named_parameters(self.model)]
+        is_sharded = isinstance(self.model, FSDPModule)
+        gathered = [
+            name
+            for name, parameter in named
+            if parameter.dtype.itemsize < 4 or (is_sharded and not isinstance(parameter, DTensor))
+        ]
+        assert not gathered, f"FSDP2 still holds {', '.join(gathered[:3])} for a computation"
+        return named
+
+    def _num_looked_up_parameters(self) -> int:
+        hf = self.model.hf
+        return 0 if hf.config.tie_word_embeddings else hf.get_input_embeddings().weight.numel()
 
     def _model_config(self) -> dict[str, Any]:
         config = self.model.hf.config.to_dict()
@@ -103,7 +124,7 @@ class DTensorBackend(RankBackend):
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole fp32 tensors by Hugging Face name; a collective."""
-        return models.whole_weights(self.model)
+        return models.whole_weights(self._master_weights())
 
 
 def _join_process_group() -> tuple[bool, torch.device]:

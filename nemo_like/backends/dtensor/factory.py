@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nemo_like.backends.settings import BackendSettings
 from nemo_like.config.policy import PolicyConfig
 
 if TYPE_CHECKING:
@@ -13,24 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DTensorFactory:
-    """Picklable, and imports nothing heavy before it is called, in the worker.
-
-    `seed` gives a newborn model's weights; `skip_budget` is how many steps with a non-finite loss
-    or gradient may be left out.
-    """
+    """Picklable, and imports nothing heavy before it is called, in the worker."""
 
     policy: PolicyConfig
-    seed: int
-    skip_budget: int = 0
-    asynchronous_save: bool = False
+    settings: BackendSettings
 
     def __call__(self) -> DTensorBackend:
         """This rank's backend; joins the process group that the environment describes."""
         from nemo_like.backends.dtensor.backend import DTensorBackend
 
-        return DTensorBackend(
-            self.policy,
-            seed=self.seed,
-            skip_budget=self.skip_budget,
-            asynchronous_save=self.asynchronous_save,
-        )
+        return DTensorBackend(self.policy, self.settings)

@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from nemo_like.errors import CheckpointError, ConfigError
 from nemo_like.ops.logprobs import linear_logprobs
+from nemo_like.optim.norm import local
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -156,14 +157,9 @@ def load_weights(model: CausalLM, weights: Iterable[tuple[str, Tensor]]) -> None
                 f"{name!r} has shape {tuple(whole.shape)}; "
                 f"the model expects {tuple(parameter.shape)}"
             )
-        local_block(parameter).copy_(_block_of(whole, parameter))
+        local(parameter).copy_(_block_of(whole, parameter))
     if missing:
         raise CheckpointError(f"the weights lack {', '.join(sorted(missing))}")
-
-
-def local_block(parameter: Tensor) -> Tensor:
-    """What of a parameter is stored on this rank."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _block_of(whole: Tensor, parameter: Tensor) -> Tensor:
@@ -176,8 +172,8 @@ def _block_of(whole: Tensor, parameter: Tensor) -> Tensor:
     return whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
 
 
-def whole_weights(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Whole fp32 tensors by name; a collective, one tensor at a time."""
-    for name, parameter in named_parameters(model):
+def whole_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors by name; a collective, one tensor at a time."""
+    for name, parameter in weights:
         value = parameter.detach()
         yield name, value.full_tensor() if isinstance(value, DTensor) else value

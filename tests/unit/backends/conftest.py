@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_like.backends.dtensor.backend import DTensorBackend
+from nemo_like.backends.settings import BackendSettings
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.types import Example, TrainBatch
 
@@ -62,7 +63,7 @@ def make_backend(models):
             "optimizer": {"lr": 1e-2},
         }  # fmt: skip
         backend = DTensorBackend(
-            PolicyConfig(**(settings | policy)), seed=seed, skip_budget=skip_budget
+            PolicyConfig(**(settings | policy)), BackendSettings(seed, skip_budget=skip_budget)
         )
         made.append(backend)
         if begun:

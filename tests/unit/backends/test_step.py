@@ -7,7 +7,7 @@ import torch
 
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.data.batching import Batching, shard
-from nemo_like.errors import NonFiniteError
+from nemo_like.errors import NonFiniteError, NoSignalError
 from nemo_like.losses.nll import NLL
 
 
@@ -81,7 +81,7 @@ def test_a_value_that_is_not_finite_never_reaches_weights_or_optimizer(
         backend.train_step(one_shard(batch_of(1)), FAULTS[fault]())
     assert_untouched(backend, before)
     assert str(caught.value).startswith("step 2: ")
-    assert "sft.skip_non_finite_steps" in str(caught.value)
+    assert "skip_non_finite_steps" in str(caught.value)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 2, 3])
@@ -266,8 +266,78 @@ def test_a_schedule_is_needed_before_the_first_step(make_backend, batch_of):
 def test_phases_cover_the_step(make_backend, batch_of):
     from time import perf_counter
 
-    backend = make_backend()
-    began = perf_counter()
-    phases = backend.train_step(one_shard(batch_of(0)), NLL()).phases
-    assert set(phases) == {"forward_backward", "optimizer"}
-    assert 0 < sum(phases.values()) <= perf_counter() - began
+    backend, uncovered, part = make_backend(), [], one_shard(batch_of(0))
+    for _ in range(5):
+        began = perf_counter()
+        phases = backend.train_step(part, NLL()).phases
+        uncovered.append(1 - sum(phases.values()) / (perf_counter() - began))
+        assert set(phases) == {"forward_backward", "optimizer", "metrics"}
+    assert 0 <= min(uncovered) < 0.02  # the best of five: a busy machine stops us anywhere
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_log_probabilities_before_a_save_change_nothing_of_it(
+    make_backend, batch_of, tmp_path, optimizer, precision
+):
+    settings = {"optimizer": {"optimizer": optimizer, "lr": 1e-2}, "precision": precision}
+    saved, resumed, straight = (make_backend(seed=s, **settings) for s in (0, 1, 0))
+    for backend in (saved, straight):
+        backend.train_step(one_shard(batch_of(0)), NLL())
+    saved.logprobs(one_shard(batch_of(5)))
+    masters = dict(saved.export_weights())
+    assert {w.dtype for w in masters.values()} == {torch.float32}
+    assert not torch.equal(
+        masters["model.norm.weight"], masters["model.norm.weight"].bfloat16().float()
+    )
+    assert_untouched(saved, everything(straight))
+    saved.save(tmp_path, with_optimizer=True)
+    resumed.load(tmp_path)
+    for backend in (saved, resumed, straight):
+        backend.train_step(one_shard(batch_of(1)), NLL())
+    for backend in (saved, resumed):
+        assert_untouched(backend, everything(straight))
+
+
+def test_dropout_is_drawn_from_the_seed_and_goes_on_after_a_resume(
+    make_backend, batch_of, tmp_path
+):
+    def made(rate=0.3, **settings):
+        return make_backend(
+            "llama", init="pretrained", hf_config_overrides={"attention_dropout": rate}, **settings
+        )
+
+    def step(backend, number):
+        backend.train_step(one_shard(batch_of(number)), NLL())
+
+    first = made()
+    step(first, 0)
+    first.save(tmp_path, with_optimizer=True)
+    step(first, 1)
+    end = everything(first)
+    torch.manual_seed(123)
+    again = made()
+    step(again, 0)
+    step(again, 1)
+    assert_untouched(again, end)
+    resumed = made(seed=3)
+    resumed.load(tmp_path)
+    step(resumed, 1)
+    assert_untouched(resumed, end)
+    for settings in ({"seed": 3}, {"rate": 0.0}):
+        other = made(**settings)
+        step(other, 0)
+        step(other, 1)
+        name = "model.norm.weight"
+        assert not torch.equal(everything(other)[0][name], end[0][name])
+
+
+def test_a_batch_without_a_target_is_refused_before_anything_is_computed(make_backend, batch_of):
+    from dataclasses import replace
+
+    backend, batch = make_backend(), batch_of(0)
+    before = everything(backend)
+    masked = replace(batch, loss_mask_N=torch.zeros_like(batch.loss_mask_N), num_loss_tokens=0)
+    with pytest.raises(NoSignalError, match="step 1: none of the batch's 8 sequences"):
+        backend.train_step(one_shard(masked), NLL())
+    assert_untouched(backend, before)

@@ -1,0 +1,19 @@
+"""What a worker is told besides its policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BackendSettings:
+    """Picklable, and imports nothing heavy.
+
+    `seed` gives a newborn model's weights, and everything that is drawn during training.
+    `skip_budget` is how many steps with a non-finite loss or gradient are left out before one ends
+    the run. With `asynchronous_save` a save returns when the state is copied.
+    """
+
+    seed: int
+    skip_budget: int = 0
+    asynchronous_save: bool = False
