@@ -186,6 +186,7 @@ class RunJournal:
         """
         with suppress(NemoLikeError):
             self._commit(wait=True)
+        self._background.shutdown()
 
     def _write(self, step: int) -> None:
         timing = self._clock.finish(step, num_tokens=self._tokens, nested=self._nested)
