@@ -42,7 +42,12 @@ class DatasetConfig(Node):
     system_prompt_file: str | None = None
     """A text file with the system message."""
     env_name: EnvName | None = None
-    """The environment that judges answers to these prompts."""
+    """What judges answers: null is `arithmetic` for the bundled problems, `math` for all else."""
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether the rows are the problems that come with the package."""
+        return self.data_path is None and self.dataset_name == "arithmetic"
 
     def conflicts(self) -> Iterator[Conflict]:
         """A source that is none, or can not be held out from."""
@@ -110,6 +115,11 @@ class DataConfig(Node):
             else:
                 found |= {f"data.{name}.{i}": source for i, source in enumerate(value or ())}
         return found
+
+    def judge(self, source: DatasetConfig) -> EnvName:
+        """The environment that judges answers to a source's prompts."""
+        default: EnvName = "arithmetic" if source.is_bundled else "math"
+        return source.env_name or self.default.env_name or default
 
     def held_out(self) -> dict[str, DatasetConfig]:
         """The sources that validation draws from, by dotted path."""

@@ -107,9 +107,3 @@ class SFTTree(Node):
             yield Conflict(
                 ("sft.val_num_answers", "data.validation"), "there are no prompts to answer"
             )
-        for path, source in held_out.items() if sft.val_num_answers else ():
-            if source.env_name is None and self.data.default.env_name is None:
-                yield Conflict(
-                    ("sft.val_num_answers", f"{path}.env_name", "data.default.env_name"),
-                    "nothing judges the answers to these prompts",
-                )

@@ -40,7 +40,7 @@ class Source:
     corpus: Corpus
     weight: float
     prompts: tuple[Prompt, ...]
-    env_name: str | None
+    env_name: str
 
 
 @dataclass(frozen=True)
@@ -227,5 +227,5 @@ def _source(key: str, source: DatasetConfig, side: _Side, config: DataConfig) ->
         corpus=side.builder.build(key),
         weight=source.weight,
         prompts=tuple(side.prompts),
-        env_name=source.env_name or config.default.env_name,
+        env_name=config.judge(source),
     )

@@ -13,7 +13,7 @@ from nemo_like.backends.settings import BackendSettings
 from nemo_like.config.sft import SFTTree
 from nemo_like.data.batching import Batching
 from nemo_like.data.chat import ChatEncoder
-from nemo_like.data.datasets import Data, Limits, Source, load_data
+from nemo_like.data.datasets import Data, Limits, load_data
 from nemo_like.data.loader import Loader
 from nemo_like.data.tokenizer import load_tokenizer
 from nemo_like.errors import ConfigError, DataError
@@ -164,7 +164,7 @@ def _validator(
     Answers are not asked of a policy that has not learned yet: step 0 has the loss alone.
     """
     asked = [
-        (source.prompts, build_environment(_environment_name(source)))
+        (source.prompts, build_environment(source.env_name))
         for source in data.data.validation
         if source.prompts
     ]
@@ -191,13 +191,3 @@ def _validator(
         return metrics
 
     return validate
-
-
-def _environment_name(source: Source) -> str:
-    if source.env_name is None:
-        raise ConfigError(
-            "sft.val_num_answers asks for answers, and nothing judges those to "
-            f"{source.corpus.name}: set "
-            "env_name of this source (or data.default.env_name), or sft.val_num_answers=0"
-        )
-    return source.env_name

@@ -317,10 +317,6 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("data.validation=null", "checkpointing.metric_name=null"),
         ("sft.val_num_answers", "data.validation"),
     ),
-    "no judge": (
-        ("data.validation.env_name=null",),
-        ("sft.val_num_answers", "data.validation.env_name"),
-    ),
     "no source": (
         ("data.train.dataset_name=null",),
         ("data.train.dataset_name", "data.train.data_path"),
