@@ -38,64 +38,8 @@ class Loss(Protocol):
         ...
 
 
-class PolicyBackend(Protocol):
-    """One rank of a model in training.
-
-    Parallel forms, packing and offload are its private affair.
-    """
-
-    def logprobs(self, shard: Shard) -> Tensor:
-        """Log-probabilities (nats, fp32, no gradient) aligned with `shard.batch.token_ids_N`.
-
-        Shapes: [N].
-        """
-        ...
-
-    def train_step(self, shard: Shard, loss: Loss) -> StepStats:
-        """Forward, backward, clip, optimizer and schedule: one whole step."""
-        ...
-
-    def begin(self, total_steps: int) -> PolicyFacts:
-        """Lay the schedules over this many steps.
-
-        The result names the model, who owns its parameters, and where it runs.
-        """
-        ...
-
-    def save(self, folder: Path, *, with_optimizer: bool) -> None:
-        """Write this rank's part of the state; returns once written or (asynchronous) copied."""
-        ...
-
-    def save_finished(self) -> bool:
-        """Whether this rank's last save is written; raises what went wrong meanwhile."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Take this rank's part of what `save` wrote, in whatever layout it was written."""
-        ...
-
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors by Hugging Face name; a collective: all ranks iterate, and get the same."""
-        ...
-
-    def close(self) -> None:
-        """Release processes and memory; safe to call twice."""
-        ...
-
-
-class Policy(Protocol):
-    """The model in training, seen whole: the same verbs on the global batch."""
-
-    def logprobs(self, batch: TrainBatch) -> Tensor:
-        """Log-probabilities (nats, fp32, no gradient) aligned with `batch.token_ids_N`.
-
-        Shapes: [N].
-        """
-        ...
-
-    def train_step(self, batch: TrainBatch, loss: Loss) -> StepStats:
-        """One optimizer step on the whole batch."""
-        ...
+class Trainable(Protocol):
+    """What a rank and the whole of a model in training have in common."""
 
     def begin(self, total_steps: int) -> PolicyFacts:
         """Lay the schedules over this many steps.
@@ -113,7 +57,7 @@ class Policy(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Take the state that `save` wrote, in whatever layout this policy has."""
+        """Take the state that `save` wrote, in whatever layout it was written."""
         ...
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -122,6 +66,41 @@ class Policy(Protocol):
 
     def close(self) -> None:
         """Release processes and memory; safe to call twice."""
+        ...
+
+
+class PolicyBackend(Trainable, Protocol):
+    """One rank of a model in training.
+
+    `save` and `load` are of this rank's part. `begin`, `train_step` and `export_weights` are
+    collectives: all ranks call (or iterate), and get the same. Parallel forms, packing and offload
+    are its private affair.
+    """
+
+    def logprobs(self, shard: Shard) -> Tensor:
+        """Log-probabilities (nats, fp32, no gradient) aligned with `shard.batch.token_ids_N`.
+
+        Shapes: [N].
+        """
+        ...
+
+    def train_step(self, shard: Shard, loss: Loss) -> StepStats:
+        """Forward, backward, clip, optimizer and schedule: one whole step."""
+        ...
+
+
+class Policy(Trainable, Protocol):
+    """The model in training, seen whole: the same verbs on the global batch."""
+
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """Log-probabilities (nats, fp32, no gradient) aligned with `batch.token_ids_N`.
+
+        Shapes: [N].
+        """
+        ...
+
+    def train_step(self, batch: TrainBatch, loss: Loss) -> StepStats:
+        """One optimizer step on the whole batch."""
         ...
 
 

@@ -111,7 +111,7 @@ def place(cluster: ClusterConfig, sizes: ParallelSizes, *, gpus_found: int) -> P
 
     Raises:
         ConfigError: the sizes do not divide the world, or a tensor-parallel group would span
-        machines.
+            machines.
     """
     gpus = gpus_per_node(cluster, gpus_found)
     per_node = gpus or cluster.cpu_workers_per_node

@@ -22,7 +22,7 @@ def on_whole_matrices(
 
     `blocks[i]` is this rank's part of a matrix that lies like `layouts[i]`. A collective when any
     of those is a DTensor, whatever its placements; every rank gathers every matrix and computes the
-    same.
+    same, on the device of the mesh: that of the result, wherever the blocks were.
     """
     wholes = [_whole(block, layout) for block, layout in zip(blocks, layouts, strict=True)]
     results = compute(wholes)

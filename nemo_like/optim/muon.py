@@ -79,7 +79,8 @@ class MuonRule:
             if self.nesterov:
                 ahead = list(torch._foreach_lerp(gradients, buffers, self.momentum))
             blocks = on_whole_matrices(ahead, layouts, self.orthogonalized)
-            updates = [block.to(w.dtype) for block, w in zip(blocks, weights, strict=True)]
+            # Of weights that are kept on the CPU the exchange returns blocks on the GPU.
+            updates = [block.to(w) for block, w in zip(blocks, weights, strict=True)]
             factor = self.scale(layouts[0].shape)
             if weight_decay:
                 torch._foreach_mul_(weights, 1 - lr * weight_decay)

@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_like.config.optimizer import NEWTON_SCHULZ_STEPS
 from nemo_like.errors import ConfigError
 
-Row = tuple[float, float, float]
+Polynomial = tuple[float, float, float]
 """One step X <- aX + (bA + cA^2)X with A = XX^T: a singular value s becomes as + bs^3 + cs^5."""
 
 
@@ -23,11 +23,11 @@ class CoefficientSet:
     round-off pushed over the edge to infinity within a few steps.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[Polynomial, ...]
     safety: float = 1.0
 
 
-_SIMPLE: Row = (3.4445, -4.7750, 2.0315)
+_SIMPLE: Polynomial = (3.4445, -4.7750, 2.0315)
 
 SCHEDULES: dict[str, CoefficientSet] = {
     # Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/; singular values end in
@@ -88,7 +88,7 @@ SCHEDULES: dict[str, CoefficientSet] = {
 }
 
 
-def coefficients(schedule: str, steps: int) -> tuple[Row, ...]:
+def coefficients(schedule: str, steps: int) -> tuple[Polynomial, ...]:
     """The rows of `steps` Newton-Schulz steps, safety factor applied.
 
     Raises:

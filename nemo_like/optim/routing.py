@@ -34,23 +34,21 @@ Megatron-LM. Added: biases stored as matrices (stacked experts), position tables
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One parameter; `shape`, `numel` and `num_bytes` are of the whole tensor, over all ranks."""
+class Owner:
+    """Who updates one parameter; `shape` and `numel` are of the whole tensor, over all ranks."""
 
     name: str
     shape: tuple[int, ...]
     numel: int
-    num_bytes: int
     optimizer: Algorithm
     reason: str
-    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Routing:
     """Who owns what: a row per trainable parameter (tied ones once), in the order of the model."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Owner, ...]
 
     def names(self, optimizer: Algorithm) -> tuple[str, ...]:
         """The parameters of one algorithm, in order."""
@@ -86,8 +84,7 @@ def route(
 
     Raises:
         ConfigError: nothing is trainable, or an `include` or `exclude` pattern is not a regular
-        expression,
-            matches nothing, or asks for the impossible.
+            expression, matches nothing, or asks for the impossible.
     """
     owners: dict[int, tuple[Tensor, list[str]]] = {}
     for name, parameter in named_parameters:
@@ -104,7 +101,8 @@ def route(
         chosen, reason = optimizer, "every parameter"
         if optimizer == "muon":
             chosen, reason = _choose(own, parameter, known, takes=takes, leaves=leaves)
-        rows.append(_row(own, parameter, chosen, reason))
+        shape, numel = tuple(parameter.shape), parameter.numel()
+        rows.append(Owner(own[0], shape, numel, optimizer=chosen, reason=reason))
     return Routing(tuple(rows))
 
 
@@ -179,15 +177,3 @@ def _reasons_against(
         yield "a vector in the form of a matrix"
     if parameter.ndim > 3 or (parameter.ndim == 3 and not re.search("expert", names[0])):
         yield f"{parameter.ndim}-dimensional, and no stack of experts"
-
-
-def _row(names: list[str], parameter: Tensor, optimizer: Algorithm, reason: str) -> Row:
-    return Row(
-        name=names[0],
-        shape=tuple(parameter.shape),
-        numel=parameter.numel(),
-        num_bytes=parameter.numel() * parameter.element_size(),
-        optimizer=optimizer,
-        reason=reason,
-        aliases=tuple(names[1:]),
-    )

@@ -23,7 +23,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass
-class _Row:
+class _Completion:
     """A completion in the making: `room` is how many tokens it may have, `uniforms_T` its dice."""
 
     prompt: Prompt
@@ -164,7 +164,7 @@ class HFEngine:
         self._version = None
         self._model = self._model.to("meta")
 
-    def _start(self, prompt: Prompt, sample: int, sampling: SamplingParams) -> _Row:
+    def _start(self, prompt: Prompt, sample: int, sampling: SamplingParams) -> _Completion:
         longest = self._config.max_position_embeddings
         if not 0 < len(prompt.token_ids) < longest:
             raise DataError(
@@ -180,9 +180,9 @@ class HFEngine:
             )
         room = min(sampling.max_new_tokens, longest - len(prompt.token_ids))
         dice = uniforms(sampling.seed, prompt_index=prompt.index, sample=sample, count=room)
-        return _Row(prompt, room, dice)
+        return _Completion(prompt, room, dice)
 
-    def _complete(self, rows: Sequence[_Row], sampling: SamplingParams) -> None:
+    def _complete(self, rows: Sequence[_Completion], sampling: SamplingParams) -> None:
         """Decode until the last row has ended; an ended row leaves batch and cache at once."""
         from transformers import DynamicCache
 
@@ -212,7 +212,7 @@ class HFEngine:
             positions_BT = positions_BT[:, -1:] + 1
 
 
-def _extend(rows: Sequence[_Row], logits_BV: Tensor, sampling: SamplingParams) -> Tensor:
+def _extend(rows: Sequence[_Completion], logits_BV: Tensor, sampling: SamplingParams) -> Tensor:
     """The next token of every row, after writing it down with its log-probability. Shapes: [B]."""
     logprobs_BV = sampled_distribution(logits_BV, sampling)
     if sampling.temperature == 0:
@@ -235,7 +235,7 @@ def _extend(rows: Sequence[_Row], logits_BV: Tensor, sampling: SamplingParams) -
     return tokens_B
 
 
-def _has_ended(row: _Row, sampling: SamplingParams) -> bool:
+def _has_ended(row: _Completion, sampling: SamplingParams) -> bool:
     if row.token_ids[-1] in sampling.stop_token_ids:
         row.finish_reason = "stop"
         return True

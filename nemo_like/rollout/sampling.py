@@ -35,10 +35,13 @@ def check_sampling(sampling: SamplingParams) -> None:
 def sampled_distribution(logits_BV: Tensor, sampling: SamplingParams) -> Tensor:
     """Log-probabilities of what tokens are drawn from, -inf for tokens that are left out.
 
-    Temperature first, then top-k, then top-p of what top-k left, each renormalised. Greedy decoding
-    draws from a point mass, of which there is nothing to say: it gets the model's own distribution.
+    Temperature first, then top-k (tokens that tie for the last place all stay), then top-p of what
+    top-k left, each renormalised. Greedy decoding draws from a point mass, of which there is
+    nothing to say: it gets the model's own distribution.
 
     Units: nats, in fp32.
+
+    Source: top-p is the nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, section 3.1.
     """
     logits_BV = logits_BV.float()
     if sampling.temperature == 0:

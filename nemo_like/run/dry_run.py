@@ -15,7 +15,7 @@ from nemo_like.config.sft import SFTTree
 from nemo_like.errors import NemoLikeError
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Table, ownership_table
-from nemo_like.optim.routing import Row, embedding_names
+from nemo_like.optim.routing import Owner, embedding_names
 from nemo_like.run.build import parallel_sizes
 
 STATE_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
@@ -39,12 +39,12 @@ def dry_run_sft(tree: SFTTree) -> int:
     return 0
 
 
-def vars_of(row: Row) -> dict[str, object]:
+def vars_of(row: Owner) -> dict[str, object]:
     """A row as a policy would report it."""
     return {"name": row.name, "shape": row.shape, "optimizer": row.optimizer, "reason": row.reason}
 
 
-def _rows(policy: PolicyConfig) -> Iterable[Row]:
+def _rows(policy: PolicyConfig) -> Iterable[Owner]:
     """The routing that training would use, of a model without memory; needs no weights."""
     from nemo_like.backends.dtensor.model import load_hf_config, named_parameters, new_hf_model
     from nemo_like.optim.build import build_optimizer
@@ -80,7 +80,7 @@ def _run_table(tree: SFTTree, placement: Placement) -> Table:
     return Table("What would be done", ("", ""), tuple(facts.items()))
 
 
-def _memory_table(rows: Iterable[Row], config: DTensorConfig, placement: Placement) -> Table:
+def _memory_table(rows: Iterable[Owner], config: DTensorConfig, placement: Placement) -> Table:
     """State of one rank, of what FSDP2 and tensor parallelism divide; activations not counted."""
     tensor = config.tensor_parallel_size
     shards = placement.num_data_parallel // config.dp_replicate_size

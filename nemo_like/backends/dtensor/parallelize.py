@@ -3,6 +3,10 @@
 FSDP2 works over the data-parallel ranks, DTensor does tensor parallelism. One table says what
 tensor parallelism does to each module of a decoder layer, by the last part of its name. A Linear
 that the table does not know is an error, not a silently replicated matrix.
+
+Source: tensor parallelism as in Megatron-LM (Shoeybi et al., https://arxiv.org/abs/1909.08053),
+sequence parallelism as in Korthikanti et al. (https://arxiv.org/abs/2205.05198), sharding as in
+FSDP (Zhao et al., https://arxiv.org/abs/2304.11277).
 """
 
 from __future__ import annotations

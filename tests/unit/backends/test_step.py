@@ -299,6 +299,21 @@ def test_log_probabilities_before_a_save_change_nothing_of_it(
         assert_untouched(backend, everything(straight))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="moves state from a GPU to the host")
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "sgd"])
+def test_state_on_the_host_takes_the_steps_of_state_on_the_gpu(make_backend, batch_of, optimizer):
+    settings = {"precision": "bfloat16", "optimizer": {"optimizer": optimizer, "lr": 1e-2}}
+    found = []
+    for offload in (True, False):
+        backend = make_backend(dtensor_cfg={"cpu_offload": offload}, **settings)
+        assert {w.device.type for w in backend._weights().values()} == {
+            "cpu" if offload else "cuda"
+        }
+        losses, weights = trained(backend, batch_of, Batching("plain", 2))
+        found.append((losses, {name: w.cpu() for name, w in weights.items()}))
+    assert_same_training(*found, tolerance=1e-4)
+
+
 def test_dropout_is_drawn_from_the_seed_and_goes_on_after_a_resume(
     make_backend, batch_of, tmp_path
 ):
