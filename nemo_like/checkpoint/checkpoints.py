@@ -29,13 +29,39 @@ from nemo_like.config.run import CheckpointingConfig
 from nemo_like.errors import CheckpointError, ConfigError
 
 
+ARCHITECTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "layer_types",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+)
+"""What of a Hugging Face config changes shapes, or what weights compute."""
+
+
 @dataclass(frozen=True)
 class RunIdentity:
     """What a run is: a checkpoint of another model, or with other owners of parameters, is foreign.
 
-    `model` describes the architecture (the Hugging Face config, without what does not matter to
-    weights), `routing` names the optimizer of each parameter. `config_yaml` is kept beside the
-    weights for people; it is not compared.
+    `model` is the Hugging Face config, of which only `ARCHITECTURE` is compared, as far as both
+    sides have it: another version of transformers adds fields and leaves some out. `routing` names
+    the optimizer of each parameter. `config_yaml` is kept beside the weights for people; it is not
+    compared.
     """
 
     model: Mapping[str, Any]
@@ -222,12 +248,13 @@ class Checkpoints:
                 f"continued: start another run from its weights, with "
                 f"policy.model_name={folder / layout.HF} and a new checkpointing.checkpoint_dir"
             )
-        saved = {"model": state["model"], "routing": read_json(folder / layout.ROUTING)}
         # Through JSON, like the saved one: a tuple must not differ from a list.
-        mine = json.loads(
-            json.dumps({"model": self._identity.model, "routing": self._identity.routing})
-        )
-        if found := _differences(saved, mine):
+        model, routing = json.loads(json.dumps([self._identity.model, self._identity.routing]))
+        compared = [key for key in ARCHITECTURE if key in model and key in state["model"]]
+        saved = {key: state["model"][key] for key in compared}
+        found = _differences(saved, {key: model[key] for key in compared}, "model")
+        found += _differences(read_json(folder / layout.ROUTING), routing, "routing")
+        if found:
             raise CheckpointError(
                 f"{folder} belongs to another run: {shown(found)}. Restore its configuration "
                 f"({folder / layout.CONFIG}), or set a new checkpointing.checkpoint_dir"

@@ -67,8 +67,8 @@ def test_a_step_that_has_a_checkpoint_is_not_written_again(open_run):
             "model.hidden_size: 8 in the checkp.*16 now",
         ),
         (
-            {"model": {"layer_types": ["full", "full"]}},
-            "model.hidden_size: 8 in the checkpoint, absent now",
+            {"model": {"hidden_size": 8, "layer_types": ["full", "sliding"]}},
+            "model.layer_types: .*'full'. in the checkpoint, .*'sliding'. now",
         ),
         (
             {"routing": {"w": "adamw", "embed": "adamw"}},
@@ -86,6 +86,22 @@ def test_another_model_or_routing_is_refused_naming_the_difference(open_run, ide
     other = dataclasses.replace(IDENTITY, **identity)
     with open_run(other) as checkpoints, pytest.raises(CheckpointError, match=message):
         checkpoints.latest_good()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {**IDENTITY.model, "use_something_new": True, "attention_dropout": 0.1},
+        {**IDENTITY.model, "rope_parameters": {"rope_theta": 1e4}},
+        {"hidden_size": 8},
+    ],
+    ids=["fields that change no weight", "a field told in a new way", "a field left out"],
+)
+def test_what_another_version_of_transformers_says_about_a_model_is_no_difference(open_run, model):
+    with open_run() as checkpoints:
+        write_step(checkpoints, 1)
+    with open_run(dataclasses.replace(IDENTITY, model=model)) as checkpoints:
+        assert checkpoints.latest_good().step == 1
 
 
 def test_another_layout_continues_and_says_that_it_is_not_exact(open_run):
