@@ -215,7 +215,7 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "token budget and validation rows": (
         (
             "policy.sequence_packing.enabled=true",
-            "policy.sequence_packing.train_mb_tokens=1024",
+            "policy.sequence_packing.train_mb_tokens=8192",
             "sft.val_micro_batch_size=4",
         ),
         ("sft.val_micro_batch_size", "policy.sequence_packing.train_mb_tokens"),
