@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_like.config.draft import Draft
+from nemo_like.config.optimizer import NO_WARM_UP
 from nemo_like.config.torch_optimizers import translate_optimizer, translate_scheduler
 
 _MEGATRON, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
@@ -200,7 +201,7 @@ def _is_off(value: Any) -> bool:
 def _one_warm_up(draft: Draft) -> None:
     """Of the two keys for the length of a warm-up, the one that a later layer wrote counts."""
     for block in ("policy.scheduler", f"{_MEGATRON}.scheduler"):
-        paths = [f"{block}.lr_warmup_iters", f"{block}.lr_warmup_fraction"]
+        paths = [f"{block}.{key}" for key in NO_WARM_UP]
         if any(draft.find(path)[1] is None for path in paths):
             continue
         first, last = sorted(paths, key=draft.origin)

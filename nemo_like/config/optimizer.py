@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from nemo_like.config.base import (
     Conflict,
@@ -111,6 +111,10 @@ def _broken_expression(pattern: str) -> str | None:
     except re.error as error:
         return str(error)
     return None
+
+
+NO_WARM_UP: dict[str, Any] = {"lr_warmup_iters": 0, "lr_warmup_fraction": None}
+"""The two keys for the length of a warm-up, saying that there is none."""
 
 
 class SchedulerConfig(Node):

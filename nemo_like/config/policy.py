@@ -10,7 +10,7 @@ from pydantic import Field
 
 from nemo_like.config.base import Conflict, EnvVars, Node, Positive, PositiveFloat
 from nemo_like.config.megatron import MUON_NEEDS, MegatronConfig
-from nemo_like.config.optimizer import OptimizerConfig, SchedulerConfig
+from nemo_like.config.optimizer import NO_WARM_UP, OptimizerConfig, SchedulerConfig
 
 Precision = Literal["bfloat16", "float32"]
 
@@ -214,7 +214,10 @@ class PolicyConfig(Node):
         return {n: getattr(own, n) for n in names if getattr(own, n) is not None}
 
     def _merged(self, block: str) -> dict[str, Any]:
-        return dict(getattr(self, block)) | self._overrides(block)
+        own = self._overrides(block)
+        # Two keys of one thing: who sets one of them replaces both.
+        inherited = NO_WARM_UP if own.keys() & NO_WARM_UP.keys() else {}
+        return dict(getattr(self, block)) | inherited | own
 
     def key_of(self, block: str, name: str) -> str:
         """Where the active value of a field of `optimizer` or `scheduler` was set."""

@@ -115,3 +115,10 @@ def test_numbers_in_the_environment_become_text():
     env_vars = {"NCCL_IB_DISABLE": 1, "RATIO": 0.5, "NAME": "a"}
     read = DTensorConfig.model_validate_json(json.dumps({"env_vars": env_vars}), strict=True)
     assert read.env_vars == {"NCCL_IB_DISABLE": "1", "RATIO": "0.5", "NAME": "a"}
+
+
+def test_megatrons_warm_up_replaces_the_other_spelling_of_it_too():
+    policy = on_megatron(
+        {"scheduler": {"lr_warmup_iters": 5}}, scheduler={"lr_warmup_fraction": 0.5}
+    )
+    assert policy.active_scheduler.warmup_steps(40) == 5
