@@ -28,7 +28,6 @@ from nemo_like.checkpoint.retention import survivors
 from nemo_like.config.run import CheckpointingConfig
 from nemo_like.errors import CheckpointError, ConfigError
 
-
 ARCHITECTURE = (
     "model_type",
     "vocab_size",

@@ -20,6 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from nemo_like.errors import NemoLikeError
+from nemo_like.observability.headlines import HEADLINES
 from nemo_like.observability.records import Answer, Table, is_number
 from nemo_like.observability.secrets import redact
 
@@ -27,15 +28,6 @@ PLAIN_LINE_EVERY_S = 5.0
 _PLAIN_WIDTH = 110
 _ANSWER_CHARACTERS = 800
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_SHOWN: tuple[tuple[str, str, str], ...] = (
-    ("train/loss", "loss", "{:.4f}"),
-    ("train/reward", "reward", "{:.3f}"),
-    ("train/grad_norm", "grad norm", "{:.3g}"),
-    ("train/lr", "lr", "{:.2e}"),
-    ("performance/tokens_per_s", "tokens/s", "{:,.0f}"),
-    ("performance/mfu", "MFU", "{:.1%}"),
-)
-"""What a training step shows, where it has it: metric, label, format."""
 
 
 class RunConsole:
@@ -78,7 +70,11 @@ class RunConsole:
             self._validation(step, validation)
         if not any(k.startswith("train/") for k in values):
             return
-        shown = [f"{name} {form.format(values[k])}" for k, name, form in _SHOWN if k in values]
+        shown = [
+            f"{h.label} {h.form.format(values[h.metric])}"
+            for h in HEADLINES
+            if h.metric in values and h.metric not in validation
+        ]
         if "performance/eta_s" in values:
             shown.append(f"ETA {duration(values['performance/eta_s'])}")
         if self._progress is not None:

@@ -1,4 +1,4 @@
-"""The curves in `metrics.jsonl`, and the few numbers and charts of them that matter."""
+"""The curves in `metrics.jsonl`, and the charts of them that matter."""
 
 from __future__ import annotations
 
@@ -61,29 +61,8 @@ def read_series(path: Path) -> Series:
     return {name: dict(sorted(points.items())) for name, points in series.items()}
 
 
-def headlines(series: Mapping[str, Points]) -> dict[str, str]:
-    """What a run came to, in a few words: the final values, and where they began."""
-    found = {}
-    for name, label, form in (
-        ("train/loss", "training loss", "{:.4f}"),
-        ("validation/val_loss", "held-out loss", "{:.4f}"),
-        ("validation/accuracy", "held-out accuracy", "{:.1%}"),
-        ("train/reward", "reward", "{:.3f}"),
-    ):
-        if values := list(series.get(name, {}).values()):
-            began = f" (from {form.format(values[0])})" if len(values) > 1 else ""
-            found[label] = form.format(values[-1]) + began
-    if rates := list(series.get("performance/tokens_per_s", {}).values()):
-        found["tokens per second"] = f"{statistics.median(rates):,.0f}"
-    if shares := list(series.get("performance/mfu", {}).values()):
-        found["model FLOPs utilisation"] = f"{statistics.median(shares):.1%}"
-    if steps := list(series.get("train/loss", {})):
-        found["steps"] = f"{steps[-1]:,}"
-    return found
-
-
-def main_charts(series: Mapping[str, Points]) -> list[Chart]:
-    """The charts that one looks at first, as far as the run has their metrics."""
+def charts_of(series: Mapping[str, Points]) -> list[Chart]:
+    """The charts of a report, as far as the run has their metrics."""
     charts = []
     for title, unit, pattern in _CHARTS:
         lines = {}
@@ -96,16 +75,6 @@ def main_charts(series: Mapping[str, Points]) -> list[Chart]:
             is_noisy = title in _NOISY
             charts.append(Chart(title, lines, shown_unit, is_share=is_share, is_noisy=is_noisy))
     return charts + _phases(series)
-
-
-def other_charts(series: Mapping[str, Points]) -> list[Chart]:
-    """One chart for each metric that `main_charts` leaves out."""
-    shown = "|".join(pattern for _, _, pattern in _CHARTS) + r"|timing/.*|performance/eta_s"
-    return [
-        Chart(name, {name.split("/")[-1]: thinned(points)})
-        for name, points in sorted(series.items())
-        if not re.fullmatch(shown, name)
-    ]
 
 
 def thinned(points: Points) -> Points:

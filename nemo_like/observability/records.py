@@ -42,7 +42,7 @@ def is_number(text: str) -> bool:
 
 
 def ownership_table(owners: Iterable[Mapping[str, Any]]) -> Table:
-    """Which optimizer owns how much, and why, from the records that `Policy.describe` gives."""
+    """Which optimizer owns how much, and why, from the records in `PolicyFacts`."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for owner in owners:
         groups.setdefault((owner["optimizer"], owner["reason"]), []).append(owner)
@@ -56,26 +56,18 @@ def ownership_table(owners: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def collect_facts(**more: str) -> dict[str, str]:
-    """Versions, command and device of this run, secrets removed; `more` is added at the end."""
-    import torch
+    """Command and versions of this run, secrets removed; `more` is added at the end.
 
+    What runs on which device only the workers know: see `PolicyFacts`.
+    """
     facts = {
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": _device_name(torch.cuda.is_available()),
         **{name: found for name in _PACKAGES if (found := _version(name))},
         **more,
     }
     return {name: redact(value) for name, value in facts.items()}
-
-
-def _device_name(has_gpu: bool) -> str:
-    import torch
-
-    if has_gpu:
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_like.errors import ConfigError, NemoLikeError
-from nemo_like.observability.curves import headlines, main_charts, other_charts, read_series
+from nemo_like.observability.curves import charts_of, read_series
+from nemo_like.observability.headlines import headlines
 from nemo_like.observability.records import is_number
 from nemo_like.observability.run_folder import RunFolder, read_lines
 
@@ -35,8 +36,7 @@ def write_report(folder: RunFolder) -> Path:
     page = environment.get_template("report.html.jinja").render(
         name=folder.path.resolve().name,
         headlines=headlines(series),
-        charts=[draw(chart) for chart in main_charts(series)],
-        other_charts=[draw(chart) for chart in other_charts(series)],
+        charts=[draw(chart) for chart in charts_of(series)],
         answers=_answers_by_step(folder),
         tables=_json_of(folder.tables, []),
         facts=_json_of(folder.facts, {}),

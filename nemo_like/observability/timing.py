@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-PAUSES = ("setup", "validation", "checkpoint")
+PAUSES = ("validation", "checkpoint")
 """Phases in which nothing is trained: wall time that does not count against tokens/s."""
 _ETA_WINDOW = 50
 

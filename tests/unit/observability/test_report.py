@@ -80,7 +80,7 @@ def test_the_page_shows_curves_answers_configuration_tables_and_facts(tmp_path):
     ):
         assert expected in page
     tags = Tags(page)
-    assert tags.tags.count("svg") == 7  # five charts, and two metrics that are in none
+    assert tags.tags.count("svg") == 5
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 1000])

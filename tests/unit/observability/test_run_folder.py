@@ -106,4 +106,13 @@ def test_no_file_of_the_folder_holds_a_secret(tmp_path, monkeypatch):
 
 def test_facts_name_the_versions_that_matter():
     facts = collect_facts(workers="2")
-    assert facts["torch"].startswith("2.") and facts["workers"] == "2" and facts["device"]
+    assert facts["torch"].startswith("2.") and facts["workers"] == "2"
+
+
+def test_facts_leave_the_gpu_to_the_workers():
+    """The driver has none to spare, and asking torch for one would take memory of it."""
+    code = (
+        "from nemo_like.observability.records import collect_facts; collect_facts(); import sys; "
+    )
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
