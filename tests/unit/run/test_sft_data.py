@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from nemo_like.config.data import DataConfig
 from nemo_like.config.sft import SFTTree
 from nemo_like.data.corpus import Corpus
 from nemo_like.data.datasets import Data, Source
 from nemo_like.data.loader import Loader
-from nemo_like.errors import ConfigError, DataError
-from nemo_like.run.sft import _environment_name, _validation_batches, num_steps
+from nemo_like.errors import DataError
+from nemo_like.run.sft import _validation_batches, num_steps
 from nemo_like.types import Example
 
 
@@ -79,7 +80,14 @@ def test_validation_on_everything_takes_every_row_of_every_source_once(seed):
     assert sorted(rows) == sorted(1000 * i + k for i, n in enumerate(sizes) for k in range(n))
 
 
-def test_answers_that_nothing_judges_are_refused_with_the_key_to_set():
-    assert _environment_name(source(1, env_name="math")) == "math"
-    with pytest.raises(ConfigError, match="env_name of this source"):
-        _environment_name(source(1))
+@pytest.mark.parametrize(
+    ("data", "judge"),
+    [
+        ({"dataset_name": "arithmetic"}, "arithmetic"),
+        ({"dataset_name": "openai/gsm8k"}, "math"),
+        ({"dataset_name": "arithmetic", "env_name": "math"}, "math"),
+    ],
+)
+def test_answers_are_judged_by_what_fits_the_source(data, judge):
+    config = DataConfig(train={"dataset_name": "x"}, validation=data)
+    assert config.judge(config.validation) == judge
