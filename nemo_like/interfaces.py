@@ -160,8 +160,9 @@ class Journal(Protocol):
         """
         ...
 
-    def is_last(self, step: int) -> bool:
-        """Whether no step follows, as far as one can know."""
+    @property
+    def last_step(self) -> int:
+        """The step that ends the run, unless something ends it before."""
         ...
 
     def phase(self, name: str) -> AbstractContextManager[None]:

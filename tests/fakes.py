@@ -56,11 +56,8 @@ class FakeJournal:
         for step in range(self.first_step, self.last_step + 1):
             yield step
             self.events.append(("end", step))
-            if self.is_last(step):
+            if step == self.stop_after:
                 return
-
-    def is_last(self, step):
-        return step in (self.last_step, self.stop_after)
 
     def phase(self, name):
         return nullcontext()

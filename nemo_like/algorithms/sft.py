@@ -42,12 +42,8 @@ def train(
         with journal.phase("train"):
             stats = policy.train_step(batch, NLL())
         journal.record(step, batch, stats)
-        if (
-            journal.is_last(step)
-            and sft.val_at_end
-            or sft.val_period
-            and step % sft.val_period == 0
-        ):
+        is_due = sft.val_period > 0 and step % sft.val_period == 0
+        if is_due or sft.val_at_end and step == journal.last_step:
             with journal.phase("validation"):
                 journal.record_validation(step, validate(step))
 

@@ -127,13 +127,16 @@ class RunJournal:
         self._committing: Future[Path] | None = None
         self.last_saved: Path | None = None
         self.last_step_done = steps.start - 1
-        self.latest: dict[str, float] = {}
-        self.first_validation: dict[str, float] = {}
 
     @property
     def first_step(self) -> int:
         """The first step still to do."""
         return self._steps.start
+
+    @property
+    def last_step(self) -> int:
+        """The step that ends the run, unless something ends it before."""
+        return self._steps.stop - 1
 
     @property
     def stopped_by(self) -> str | None:
@@ -146,7 +149,7 @@ class RunJournal:
             for step in self._steps:
                 yield step
                 self.last_step_done = step
-                is_last = self.is_last(step)
+                is_last = step == self.last_step or self._stop.reason is not None
                 # Before the checkpoint: what continues from it must not miss this step's metrics.
                 self._write(step)
                 if is_last or step % self._config.save_period == 0:
@@ -155,10 +158,6 @@ class RunJournal:
                 self._validation = {}
                 if is_last:
                     return
-
-    def is_last(self, step: int) -> bool:
-        """Whether no step follows, as far as one can know."""
-        return step == self._steps.stop - 1 or self._stop.reason is not None
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time spent inside is booked under this name."""
@@ -173,8 +172,6 @@ class RunJournal:
     def record_validation(self, step: int, metrics: Metrics) -> None:
         """Book a validation; before the first step it is written at once."""
         self._validation = flatten(metrics)
-        if step == 0:
-            self.first_validation = self._validation
         if step not in self._steps:
             self._log(step, _prefixed("validation/", self._validation))
             self._validation = {}
@@ -194,7 +191,6 @@ class RunJournal:
         self._log(step, _prefixed("train/", self._train) | validation | timing)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        self.latest |= values
         for sink in self._sinks:
             sink.log(step, values)
 

@@ -25,6 +25,8 @@ from nemo_like.config.run import CheckpointingConfig, LoggerConfig
 from nemo_like.errors import EXIT_INTERRUPTED, CheckpointError, NemoLikeError, WorkerError
 from nemo_like.interfaces import Policy
 from nemo_like.observability.console import RunConsole, duration
+from nemo_like.observability.curves import read_series
+from nemo_like.observability.headlines import headlines
 from nemo_like.observability.records import Answer, collect_facts, ownership_table
 from nemo_like.observability.report import write_report
 from nemo_like.observability.run_folder import RunFolder
@@ -160,7 +162,10 @@ class Session:
         self._console.table(table)
         self.folder.write_tables([table])
         self.folder.write_config(self._config)
-        self.folder.write_facts(collect_facts(parameters=f"{facts.num_parameters:,}"))
+        device = f"{facts.world_size} x {facts.device}"
+        self.folder.write_facts(
+            collect_facts(device=device, parameters=f"{facts.num_parameters:,}")
+        )
         sinks = [*self._sinks(saved), self._console]
         for sink in sinks:
             stack.callback(sink.close)
@@ -202,10 +207,9 @@ class Session:
                 next_command=_command(),
             )
             return EXIT_INTERRUPTED
-        wall = {"wall time": duration(time.monotonic() - self._began)}
-        self._console.summary(
-            _results(journal) | wall, places=places, next_command=self._next_command()
-        )
+        results = headlines(read_series(self.folder.metrics))
+        results["wall time"] = duration(time.monotonic() - self._began)
+        self._console.summary(results, places=places, next_command=self._next_command())
         return 0
 
     def _open_folder(self) -> RunFolder:
@@ -290,7 +294,7 @@ class Session:
         return StepClock(
             total_steps=total_steps,
             flops_per_token=flops_per_token(
-                facts.num_parameters,
+                facts.num_multiplied_parameters,
                 num_layers=model["num_hidden_layers"],
                 attention_width=width,
                 sequence_length=tokens_per_sequence,
@@ -320,20 +324,3 @@ def read_model_config(policy: PolicyConfig) -> dict[str, Any]:
 def _command() -> str:
     """The command that started this run."""
     return shlex.join(["uv", "run", *sys.argv])
-
-
-def _results(journal: RunJournal) -> dict[str, str]:
-    shown = {
-        "train/loss": "training loss",
-        "validation/val_loss": "validation loss",
-        "validation/accuracy": "accuracy of greedy answers",
-        "performance/tokens_per_s": "tokens per second",
-    }
-    first = {"validation/val_loss": journal.first_validation.get("val_loss")}
-    results = {}
-    for key, label in shown.items():
-        if key in journal.latest:
-            started = first.get(key)
-            text = f"{journal.latest[key]:,.4g}"
-            results[label] = text if started is None else f"{text} (at the start {started:,.4g})"
-    return results

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from nemo_like.checkpoint.files import read_json
 from nemo_like.errors import CheckpointError, ConfigError
 from nemo_like.ops.logprobs import linear_logprobs
 from nemo_like.optim.norm import local
@@ -72,38 +73,35 @@ class CausalLM(nn.Module):
 
 
 def load_hf_config(folder: Path, overrides: Mapping[str, Any]) -> Any:
-    """The model's configuration with some fields replaced.
+    """The model's configuration with some fields replaced; code that comes with it is not executed.
 
     Raises:
-        ConfigError: an override names a field that the configuration does not have.
-    """
-    from transformers import AutoConfig
-
-    hf_config = AutoConfig.from_pretrained(folder)
-    known = hf_config.to_dict()
-    for key, value in overrides.items():
-        if key not in known:
-            raise ConfigError(
-                f"policy.hf_config_overrides.{key}: no such field in {folder / 'config.json'}; "
-                f"fields: {', '.join(sorted(known))}"
-            )
-        setattr(hf_config, key, value)
-    return hf_config
-
-
-def new_hf_model(hf_config: Any, *, device: str) -> Any:
-    """A model of one of the supported families in fp32; on the `meta` device it has no memory yet.
-
-    Raises:
-        ConfigError: another family.
+        ConfigError: another family, or an override of a field that the configuration does not have.
     """
     import transformers
 
-    if hf_config.model_type not in FAMILIES:
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") not in FAMILIES:
         raise ConfigError(
-            f"policy.model_name: model type {hf_config.model_type!r} is not supported by "
+            f"policy.model_name: model type {raw.get('model_type')!r} is not supported by "
             f"the DTensor backend; supported: {', '.join(sorted(FAMILIES))}"
         )
+    config_class = getattr(transformers, FAMILIES[raw["model_type"]]).config_class
+    known = config_class.from_dict(raw).to_dict()
+    if unknown := sorted(overrides.keys() - known.keys()):
+        raise ConfigError(
+            f"policy.hf_config_overrides.{unknown[0]}: no such field in {folder / 'config.json'}; "
+            f"fields: {', '.join(sorted(known))}"
+        )
+    if "num_hidden_layers" in overrides:
+        raw.pop("layer_types", None)  # one entry per layer, which the class works out again
+    return config_class.from_dict(raw | dict(overrides))
+
+
+def new_hf_model(hf_config: Any, *, device: str) -> Any:
+    """A model of one of the supported families in fp32; on `meta` it has no memory yet."""
+    import transformers
+
     family = getattr(transformers, FAMILIES[hf_config.model_type])
     hf_config._attn_implementation = "sdpa"
     with torch.device(device):

@@ -49,11 +49,11 @@ def test_run_that_continues_does_not_validate_at_its_start():
     assert steps_of(journal, "validation") == [5]
 
 
-def test_run_that_is_stopped_validates_and_ends_with_that_step():
+def test_run_that_is_stopped_ends_with_that_step_and_does_not_stay_to_validate():
     journal = FakeJournal(last_step=9, stop_after=2)
     policy, _ = run(journal, val_period=0)
     assert len(policy.batches) == 2
-    assert steps_of(journal, "validation") == [0, 2]
+    assert steps_of(journal, "validation") == [0]
 
 
 def test_validation_loss_is_per_token_over_all_batches():

@@ -130,14 +130,12 @@ def test_another_family_is_refused_with_those_that_are_supported(make_backend, t
         make_backend(model_name=str(tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason="load_hf_config leaves it to transformers")
 def test_a_family_that_nobody_knows_is_refused(make_backend, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen97"}))
     with pytest.raises(ConfigError, match="qwen97"):
         make_backend(model_name=str(tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason="load_hf_config leaves it to transformers")
 def test_code_that_comes_with_a_model_is_refused(make_backend, models, tmp_path):
     folder = copied(models / "qwen3", tmp_path)
     change_config(
@@ -155,7 +153,6 @@ def test_an_override_of_an_unknown_field_is_refused(make_backend):
         make_backend(hf_config_overrides={"hidden_sice": 64})
 
 
-@pytest.mark.xfail(strict=True, reason="load_hf_config leaves it to transformers")
 def test_an_override_makes_another_model(make_backend):
     backend = make_backend(hf_config_overrides={"num_hidden_layers": 3})
     assert backend.begin(1).model["num_hidden_layers"] == 3
