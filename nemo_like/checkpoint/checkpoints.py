@@ -251,8 +251,8 @@ class Checkpoints:
         model, routing = json.loads(json.dumps([self._identity.model, self._identity.routing]))
         compared = [key for key in ARCHITECTURE if key in model and key in state["model"]]
         saved = {key: state["model"][key] for key in compared}
-        found = _differences(saved, {key: model[key] for key in compared}, "model")
-        found += _differences(read_json(folder / layout.ROUTING), routing, "routing")
+        found = differences(saved, {key: model[key] for key in compared}, "model")
+        found += differences(read_json(folder / layout.ROUTING), routing, "routing")
         if found:
             raise CheckpointError(
                 f"{folder} belongs to another run: {shown(found)}. Restore its configuration "
@@ -289,8 +289,8 @@ def _metrics(state: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in state["metrics"].items() if not math.isnan(value)}
 
 
-def _differences(saved: Any, mine: Any, path: str = "") -> list[str]:
-    """Where two JSON trees differ, by dotted path."""
+def differences(saved: Any, mine: Any, path: str = "") -> list[str]:
+    """Where two trees of plain values differ, by dotted path."""
     if isinstance(saved, Mapping) and isinstance(mine, Mapping):
         found = []
         for key in sorted(saved.keys() | mine.keys()):
@@ -300,7 +300,7 @@ def _differences(saved: Any, mine: Any, path: str = "") -> list[str]:
             elif key not in mine:
                 found.append(f"{at}: {saved[key]!r} in the checkpoint, absent now")
             else:
-                found += _differences(saved[key], mine[key], at)
+                found += differences(saved[key], mine[key], at)
         return found
     return [] if saved == mine else [f"{path}: {saved!r} in the checkpoint, {mine!r} now"]
 

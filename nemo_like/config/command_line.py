@@ -12,7 +12,7 @@ from typing import Generic, Literal, NoReturn
 
 from nemo_like.config import compat, compose
 from nemo_like.config.base import Node
-from nemo_like.config.draft import DEFAULT, Draft, Origin, Problem
+from nemo_like.config.draft import DEFAULT, Origin, Problem
 from nemo_like.config.help import help_text
 from nemo_like.config.report import nearest_choice, report
 from nemo_like.config.schema import defaults, known_paths
@@ -111,13 +111,16 @@ def _trees(
             files[overrides.groups] = _read(path, overrides.groups, problems)
         draft = compose.apply(files[overrides.groups], overrides.values, schema)
         compat.translate(draft)
-        if len(combinations) > 1:
-            _own_checkpoints(draft, index, overrides.swept)
         draft.problems[:0] = problems
         node, found = validate(draft, tree, schema.known)
-        if node is not None and draft.seen(CHECKPOINT_DIR)[1] == AUTO:
-            draft.put(CHECKPOINT_DIR, _named_after(node, path), DEFAULT)
-            node, found = validate(draft, tree, schema.known)
+        folder = draft.seen(CHECKPOINT_DIR)[1]
+        if node is not None:
+            own = _named_after(node, path) if folder == AUTO else folder
+            if len(combinations) > 1:
+                own = _own_checkpoints(own, index, overrides.swept)
+            if own != folder:
+                draft.put(CHECKPOINT_DIR, own, DEFAULT)
+                node, found = validate(draft, tree, schema.known)
         if node is None:
             raise ConfigError(report(found, draft))
         trees.append(node)
@@ -145,16 +148,13 @@ def _named_after(node: Node, path: Path) -> str:
     return f"results/{path.stem}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
 
 
-def _own_checkpoints(draft: Draft, index: int, swept: Sequence[str]) -> None:
-    """Runs of a sweep must not resume from each other."""
-    folder = draft.seen(CHECKPOINT_DIR)[1]
-    if folder == AUTO or any(text.startswith(CHECKPOINT_DIR) for text in swept):
-        return
+def _own_checkpoints(folder: str, index: int, swept: Sequence[str]) -> str:
+    """A folder for one run of a sweep: they must not resume from each other."""
+    if any(text.startswith(CHECKPOINT_DIR) for text in swept):
+        return folder
     pairs = (text.partition("=") for text in swept)
     name = ",".join(f"{key_path.rpartition('.')[2]}={value}" for key_path, _, value in pairs)
-    name = re.sub(r"[^\w.=,+-]+", "_", name)
-    last = max((o.layer for o in draft.origins.values()), default=0) + 1
-    draft.put(CHECKPOINT_DIR, f"{folder}/{index}_{name}", Origin(last, "--multirun"))
+    return f"{folder}/{index}_{re.sub(r'[^A-Za-z0-9_.=,+-]+', '_', name)}"
 
 
 class _Parser(argparse.ArgumentParser):

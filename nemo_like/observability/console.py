@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from nemo_like.errors import NemoLikeError
+from nemo_like.errors import ConfigError, DataError, NemoLikeError
 from nemo_like.observability.headlines import HEADLINES
 from nemo_like.observability.records import Answer, Table, is_number
 from nemo_like.observability.secrets import redact
@@ -111,19 +111,23 @@ class RunConsole:
         *,
         places: Mapping[str, Path | None],
         next_command: str,
+        title: str = "Done",
     ) -> None:
         """The end of a run: what came out, where it lies, and what to type next."""
         self.close()
         grid = _grid({**results, **{k: str(p) for k, p in places.items() if p is not None}})
-        self._ending("Done", "green", body=grid, next_command=next_command)
+        style = "green" if title == "Done" else "yellow"
+        self._ending(title, style, body=grid, next_command=next_command)
 
     def error(
         self, error: NemoLikeError, *, last_checkpoint: Path | None, next_command: str | None
     ) -> None:
         """The end of a run that cannot go on: the cause, the last good checkpoint, what to type."""
         self.close()
-        place = str(last_checkpoint) if last_checkpoint else "none was written"
-        body = Group(_text(str(error)), Text(), _grid({"last good checkpoint": place}))
+        body: RenderableType = _text(str(error))
+        if last_checkpoint or not isinstance(error, ConfigError | DataError):
+            place = str(last_checkpoint or "none was written")
+            body = Group(body, Text(), _grid({"last good checkpoint": place}))
         self._ending(type(error).__name__, "red", body=body, next_command=next_command)
 
     def close(self) -> None:

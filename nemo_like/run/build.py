@@ -104,6 +104,8 @@ def machines(
 
     Under Ray the workers are still starting when the block begins: the first call waits for them.
     """
+    if cluster.address is None:
+        _check_gpus(cluster)
     if cluster.launcher == "local":
         placement = place(cluster, parallel_sizes(policy), gpus_found=count_local_gpus())
         _take_place(placement, policy.backend.env_vars)
@@ -146,6 +148,16 @@ def machines(
         for started in groups:
             started.close()
         ray.close()
+
+
+def _check_gpus(cluster: ClusterConfig) -> None:
+    """Refuse to wait for, or do without, GPUs that this machine does not have."""
+    asked, found = cluster.gpus_per_node, count_local_gpus()
+    if asked != "auto" and asked > found:
+        raise ConfigError(
+            f"cluster.gpus_per_node={asked}, and this machine shows {found}; lower it (0 is a run "
+            "on the CPU with cluster.cpu_workers_per_node), or set cluster.address to a Ray cluster"
+        )
 
 
 def _take_place(placement: Placement, env_vars: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ everything else happens in between, so that no algorithm contains any of it.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -26,6 +27,8 @@ from nemo_like.observability.timing import StepClock
 from nemo_like.types import Metrics, StepStats, TrainBatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REPEAT_S = 1.0
+"""Signals that follow each other faster than this are one."""
 
 
 class StopRequest:
@@ -56,17 +59,35 @@ class StopRequest:
         return handling_signals(self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
-        signal.signal(number, signal.default_int_handler)
+        name = signal.Signals(number).name
+        if self._signal == name:
+            raise KeyboardInterrupt
+        if self._signal is not None:  # batch systems warn with one signal and repeat with another
+            return
+        self._signal = name
+        # Not by the console, whose lock the interrupted code may hold.
+        os.write(2, f"\n{self._signal}: finishing this step; again to stop at once\n".encode())
 
 
 @contextmanager
 def handling_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """The signals that ask for an end go to the handler inside; only a main thread can do that."""
+    """The signals that ask for an end go to the handler inside; only a main thread can do that.
+
+    A signal within a moment of the last one is the same one: `uv run` and a terminal both pass a
+    Ctrl-C on, and so do batch systems that signal a whole group.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    last = -REPEAT_S
+
+    def once(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        is_repeat, last = time.monotonic() - last < REPEAT_S, time.monotonic()
+        if not is_repeat:
+            handler(number, frame)
+
+    before = {number: signal.signal(number, once) for number in SIGNALS}
     try:
         yield
     finally:

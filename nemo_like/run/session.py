@@ -8,14 +8,21 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+import yaml
+
 from nemo_like.assets import model_folder
 from nemo_like.checkpoint import layout
-from nemo_like.checkpoint.checkpoints import Checkpoints, RunIdentity, SavedCheckpoint
+from nemo_like.checkpoint.checkpoints import (
+    Checkpoints,
+    RunIdentity,
+    SavedCheckpoint,
+    differences,
+)
 from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.hf_export import write_hf
 from nemo_like.checkpoint.manifest import RunLayout, verify
@@ -105,6 +112,7 @@ class Session:
             saved = None if self._journal is None else self._journal.last_saved
             self._console.summary(
                 {"stopped by": "a signal, without saving"},
+                title="Stopped",
                 places={"last good checkpoint": saved},
                 next_command=_command(),
             )
@@ -154,8 +162,8 @@ class Session:
             done = saved.step
             if done >= total_steps:
                 self.say(
-                    f"nothing is left to do: {saved.folder} is the end of this run of "
-                    f"{total_steps} steps. To train on, raise the number of steps; to begin anew, "
+                    f"nothing is left to do: {saved.folder} is of step {done}, and this run has "
+                    f"{total_steps}. To train on, raise the number of steps; to begin anew, "
                     "set another checkpointing.checkpoint_dir"
                 )
         table = ownership_table(facts.owners)
@@ -203,6 +211,7 @@ class Session:
                     "stopped by": journal.stopped_by,
                     "at step": f"{journal.last_step_done} of {total_steps}",
                 },
+                title="Stopped",
                 places=places,
                 next_command=_command(),
             )
@@ -257,6 +266,8 @@ class Session:
         policy.load(saved.folder)
         self.folder = RunFolder.reopen(self.folder.path, step=saved.step)
         self.say(f"continuing from {saved.folder}")
+        if changed := _changed_settings(saved.folder / layout.CONFIG, self._config):
+            self.say("settings that were others when it was saved: " + "; ".join(changed))
         if saved.differences:
             self.say("not exact to the bit, only to round-off: " + "; ".join(saved.differences))
 
@@ -324,3 +335,10 @@ def read_model_config(policy: PolicyConfig) -> dict[str, Any]:
 def _command() -> str:
     """The command that started this run."""
     return shlex.join(["uv", "run", *sys.argv])
+
+
+def _changed_settings(saved: Path, now: Mapping[str, Any]) -> list[str]:
+    """The settings of a resumed run that its checkpoint was not trained with."""
+    then = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    changed = differences(then, now)
+    return [line for line in changed if not line.startswith(("checkpointing.", "logger."))]

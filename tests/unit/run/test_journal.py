@@ -226,15 +226,21 @@ def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(bench, number):
     assert signal.getsignal(number) == before
 
 
-def test_a_second_interrupt_does_not_wait_for_the_step(bench):
-    run = bench()
+def interrupt_twice(step):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
 
-    def at(step):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
 
+def test_a_second_interrupt_does_not_wait_for_the_step(bench, monkeypatch):
+    monkeypatch.setattr("nemo_like.run.journal.REPEAT_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        run.train(at=at)
+        bench().train(at=interrupt_twice)
+
+
+def test_an_interrupt_that_arrives_twice_at_once_is_one(bench):
+    run = bench(save_period=100)
+    assert run.train(at=interrupt_twice) == [1]
+    assert run.saved() == [1]
 
 
 def test_another_signal_after_the_first_does_not_cut_the_save_short(bench):

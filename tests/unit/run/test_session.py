@@ -297,8 +297,13 @@ def test_a_dead_worker_ends_with_cause_last_good_checkpoint_and_the_same_command
 
 
 def test_an_error_before_any_checkpoint_says_that_there_is_none(bench, capsys):
-    assert bench.run(until=1, error=DataError("empty")) == 3
+    assert bench.run(until=1, error=WorkerError("rank 0 died")) == 6
     assert "last good checkpoint none was written" in words(capsys)
+
+
+def test_wrong_data_say_nothing_of_checkpoints(bench, capsys):
+    assert bench.run(until=1, error=DataError("empty")) == 3
+    assert "checkpoint" not in words(capsys)
 
 
 def test_a_bug_shows_its_trace_and_ends_like_any_error(bench, capsys):
