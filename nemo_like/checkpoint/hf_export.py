@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,10 +124,13 @@ class _Shards:
 
     def _write(self) -> None:
         path = self._draft(self._num_shards)
+        path.touch()  # with the mode that the user's umask gives; safetensors' own file has 0600
+        mode = path.stat().st_mode
         try:
             save_file(self._open, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise CheckpointError(f"cannot write {path}: {error}") from error
+        path.chmod(stat.S_IMODE(mode))
         self._open, self._open_bytes = {}, 0
         self._num_shards += 1
 

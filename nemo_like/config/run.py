@@ -70,7 +70,7 @@ class MlflowConfig(Node):
     run_name: str | None = None
     """Run name."""
     tracking_uri: str | None = None
-    """Address or folder; null is `mlflow/` in the run's log folder."""
+    """Address of a server or database; null is a database in `mlflow/` of the run's log folder."""
 
 
 class LoggerConfig(Node):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -13,7 +13,7 @@ from itertools import islice
 from nemo_like.config.data import DataConfig, DatasetConfig
 from nemo_like.data.chat import ChatEncoder
 from nemo_like.data.corpus import Corpus, CorpusBuilder
-from nemo_like.data.faults import Fault, FaultReport, RowError
+from nemo_like.data.faults import Fault, FaultReport, RowError, column_settings
 from nemo_like.data.messages import Message, RowFormat
 from nemo_like.data.rows import RawRow, read_rows
 from nemo_like.errors import DataError
@@ -92,7 +92,7 @@ class _RowEncoder:
     def _check(self, example: Example) -> None:
         num, limit = len(example.token_ids), self.limits.max_length
         if num > limit:
-            raise RowError("too long", found=f"{num} tokens, at most {limit}")
+            raise RowError("too long", found=f"{num} tokens, at most {limit}", length=num)
         vocab_size, largest = self.limits.vocab_size, max(example.token_ids)
         if vocab_size is not None and largest >= vocab_size:
             raise RowError("token outside the vocabulary", found=f"id {largest} of {vocab_size}")
@@ -154,16 +154,24 @@ class _Side:
 
 
 def _load(
-    rows: Iterable[tuple[RawRow, _Row | RowError]], num_prompts: int, report: FaultReport
+    rows: Iterable[tuple[RawRow, _Row | RowError]],
+    report: FaultReport,
+    *,
+    num_prompts: int,
+    columns: Mapping[str, str],
 ) -> tuple[_Side, _Side]:
-    """The rows kept and held out; faults go into the report."""
+    """The rows kept and held out; faults go into the report, to its latest source."""
     kept, held_out = _Side(), _Side()
+    tally = report.sources[-1]
     ids: set[object] = set()
     for raw, row in rows:
-        report.num_rows += raw.number > 0
+        tally.num_rows += raw.number > 0
         error = row if isinstance(row, RowError) else _repeated_id(raw, ids)
         if error is not None:
             report.add(Fault(raw.file, raw.number, error))
+            is_missing = error.rule == "missing column" and error.field in columns.values()
+            if is_missing and isinstance(raw.value, dict):
+                tally.settings[column_settings(raw.value, columns)] += 1
         elif isinstance(row, _Row):
             (held_out if row.is_held_out else kept).add(row, num_prompts)
     return kept, held_out
@@ -179,6 +187,13 @@ def _repeated_id(raw: RawRow, ids: set[object]) -> RowError | None:
     return None
 
 
+def _columns(source: DatasetConfig) -> dict[str, str]:
+    """The columns that a source's rows must have, by the key that names each."""
+    if source.messages_key is not None:
+        return {"messages_key": source.messages_key}
+    return {"input_key": source.input_key, "output_key": source.output_key}
+
+
 def load_data(
     config: DataConfig, encoder: ChatEncoder, limits: Limits, *, seed: int, num_prompts: int = 0
 ) -> Data:
@@ -191,8 +206,11 @@ def load_data(
         DataError: one report of every bad row of every source, unless they may be left out.
         ConfigError: for a source that does not exist.
     """
-    longest = min(limits.max_length, config.max_input_seq_length or limits.max_length)
-    report = FaultReport()
+    length_limits = {"policy.max_total_sequence_length": limits.max_length}
+    if config.max_input_seq_length is not None:
+        length_limits["data.max_input_seq_length"] = config.max_input_seq_length
+    longest = min(length_limits.values())
+    report = FaultReport(length_limits)
     sides: list[tuple[str, DatasetConfig, _Side]] = []
     for key, source in config.sources().items():
         is_train = key.startswith("data.train")
@@ -207,7 +225,8 @@ def load_data(
             with_prompts=num_prompts > 0 and (share > 0 or not is_train),
         )
         rows = _encode_all(read_rows(source, seed=own_seed), row_encoder, config.num_workers)
-        kept, held_out = _load(rows, num_prompts, report)
+        report.source(key)
+        kept, held_out = _load(rows, report, num_prompts=num_prompts, columns=_columns(source))
         sides.append((key, source, kept))
         if share:
             sides.append((f"data.validation (held out of {key})", source, held_out))

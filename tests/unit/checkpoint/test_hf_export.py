@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import weakref
 
@@ -64,6 +65,18 @@ def test_an_export_is_read_back_tensor_by_tensor(tmp_path, tied, max_shard_bytes
     read = dict(read_hf(folder, shapes_of(model), tied=tied))
     assert read.keys() == shapes_of(model).keys()
     assert all(tensor.equal(model.get_parameter(name)) for name, tensor in read.items())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_weights_have_the_mode_that_the_umask_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = export(tiny_model(tied=False), tmp_path / "hf", max_shard_bytes=4000)
+    finally:
+        os.umask(before)
+    shards = list(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert {file.stat().st_mode & 0o777 for file in shards} == {0o666 & ~umask}
 
 
 def test_only_one_shard_is_held_at_a_time(tmp_path):

@@ -182,3 +182,21 @@ def test_a_few_steps_of_the_embedded_default_need_no_other_override(sft):
 def test_ranks_need_not_share_a_batch_equally(sft):
     tree = sft("cluster.gpus_per_node=6", "policy.train_micro_batch_size=5").tree
     assert tree.policy.train_global_batch_size % tree.cluster.world_size
+
+
+@pytest.mark.parametrize("model", [None, "results/sft-1a2b3c4d/step_60/hf"])
+def test_another_model_brings_its_own_tokenizer_and_checkpoint_folder(sft, model):
+    base = sft("--config", "configs/sft.yaml").tree
+    overrides = () if model is None else (f"policy.model_name={model}",)
+    tree = sft("--config", "configs/sft.yaml", *overrides).tree
+    assert tree.policy.model_name == (model or "Qwen/Qwen2.5-1.5B")
+    assert tree.policy.tokenizer.name is None
+    same_folder = tree.checkpointing.checkpoint_dir == base.checkpointing.checkpoint_dir
+    assert same_folder == (model is None)
+
+
+def test_the_openmathinstruct_configs_keep_their_model_and_its_tokenizer(sft):
+    for name in ("sft_openmathinstruct2", "sft_openmathinstruct2_megatron"):
+        policy = sft("--config", f"configs/{name}.yaml").tree.policy
+        names = (policy.model_name, policy.tokenizer.name)
+        assert names == ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct")

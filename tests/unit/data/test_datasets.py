@@ -1,4 +1,5 @@
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -157,7 +158,8 @@ def test_rows_of_all_sources_and_all_rules_are_in_one_report(encoder, jsonl):
     assert "too long (7)" in report and "and 2 more" in report
     assert f"{first}:2" in report and f"{first}:3, field `output`" in report
     assert report.index("too long") < report.index("not JSON")
-    assert "data.bad_rows=drop data.max_bad_rows=0.90" in report
+    assert "(data.train: 2 of 3, data.validation: 7 of 7)" in report
+    assert report.endswith("Correct the rows: none of data.validation can be used.")
 
 
 def test_bad_rows_are_dropped_up_to_the_stated_share_and_told(encoder, jsonl):
@@ -175,6 +177,104 @@ def test_what_the_report_proposes_is_accepted(encoder, jsonl):
         load(encoder, data_path=path)
     share = float(str(caught.value).rsplit("max_bad_rows=", 1)[1].rstrip("."))
     load(encoder, data_path=path, bad_rows="drop", max_bad_rows=share)
+
+
+def test_a_large_source_does_not_excuse_the_bad_rows_of_a_small_one(encoder, jsonl):
+    path = jsonl(*[GOOD] * 3, *[b"{"] * 4)
+    source = {"data_path": path, "validation": {"dataset_name": "arithmetic", "num_rows": 512}}
+    with pytest.raises(DataError, match=r"4 of 519 rows \(data\.train: 4 of 7\)") as caught:
+        load(encoder, **source)
+    share = float(str(caught.value).rsplit("max_bad_rows=", 1)[1].rstrip("."))
+    with pytest.raises(DataError, match=r"In data\.train that is a share of 0\.5715"):
+        load(encoder, **source, bad_rows="drop", max_bad_rows=0.5)
+    data = load(encoder, **source, bad_rows="drop", max_bad_rows=share)
+    assert len(data.train[0].corpus) == 3
+
+
+def test_a_share_is_exactly_the_share(encoder, jsonl):
+    path = jsonl(*[GOOD] * 71, *[b"{"] * 29)  # 0.29 * 100 is less than 29 in floats
+    with pytest.raises(DataError, match=r"data\.max_bad_rows=0\.2900\.$"):
+        load(encoder, data_path=path)
+    load(encoder, data_path=path, bad_rows="drop", max_bad_rows=0.29)
+
+
+def test_an_empty_file_is_not_called_a_share_of_rows(encoder, jsonl):
+    source = {"data_path": jsonl(), "validation": {"dataset_name": "arithmetic"}}
+    with pytest.raises(DataError) as caught:
+        load(encoder, **source)
+    assert str(caught.value).startswith("1 file can not be used:\n  empty file (1)\n")
+    source["validation"] = {"data_path": jsonl(GOOD, b"{", name="second.jsonl")}
+    with pytest.raises(DataError, match=r"1 of 2 rows \(data\.validation: 1 of 2\) and 1 file can"):
+        load(encoder, **source)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_longest_row_is_shown_first_and_the_length_it_needs_is_accepted(
+    encoder, jsonl, num_workers
+):
+    rows = [{**GOOD, "input": "7" * n} for n in (70, 71, 72, 73, 74, 75, 200)]
+    path = jsonl(GOOD, *rows)
+    with pytest.raises(DataError) as caught:
+        load(encoder, data_path=path, num_workers=num_workers)
+    report = str(caught.value)
+    assert f"  too long (7)\n    {path}:8, " in report and "and 2 more" in report
+    needed = int(re.search(r"set policy\.max_total_sequence_length=(\d+)\n", report)[1])
+    assert report.index("max_total_sequence_length=") < report.index("data.bad_rows=drop")
+    with pytest.raises(DataError, match=r":8, \d+ tokens"):
+        load(encoder, data_path=path, limits=Limits(needed - 1))
+    assert len(load(encoder, data_path=path, limits=Limits(needed)).train[0].corpus) == 8
+
+
+@pytest.mark.parametrize(("max_length", "raises_both"), [(512, False), (64, True)])
+def test_a_row_too_long_for_the_data_s_own_limit_names_that_limit(
+    encoder, jsonl, max_length, raises_both
+):
+    path = jsonl(GOOD, {**GOOD, "input": "7" * 90})
+    config = DataConfig(train=DatasetConfig(data_path=path), max_input_seq_length=60)
+    with pytest.raises(DataError, match=r"data\.max_input_seq_length=\d{3}\n") as caught:
+        load_data(config, encoder, Limits(max_length), seed=1)
+    assert ("policy.max_total_sequence_length=" in str(caught.value)) == raises_both
+
+
+COLUMNS = {
+    "GSM8K": ({"question": "7", "answer": "8"}, "input_key=question data.train.output_key=answer"),
+    "nearest name": ({"inputs": "7", "output": "8", "note": "x"}, "input_key=inputs"),
+    "the only other": ({"input": "7", "reply": "8", "id": 5}, "output_key=reply"),
+    "the other of a usual one": (
+        {"prompt": "7", "text": "8"},
+        "input_key=prompt data.train.output_key=text",
+    ),
+    "conversations": ({"text": "7", "messages": [USER, REPLY]}, "messages_key=messages"),
+}
+
+
+@pytest.mark.parametrize(("row", "settings"), COLUMNS.values(), ids=COLUMNS)
+def test_the_columns_that_are_there_are_proposed_and_accepted(encoder, jsonl, row, settings):
+    path = jsonl(row)
+    with pytest.raises(DataError) as caught:
+        load(encoder, data_path=path)
+    assert f"set data.train.{settings}\n" in str(caught.value)
+    keys = dict(part.removeprefix("data.train.").split("=") for part in settings.split())
+    assert len(load(encoder, data_path=path, **keys).train[0].corpus) == 1
+
+
+@pytest.mark.parametrize("row", [{"a": "7", "b": "8"}, {"input": "7", "score": 8}, {"input": "7"}])
+def test_columns_are_not_guessed_where_several_or_none_would_do(encoder, jsonl, row):
+    with pytest.raises(DataError, match="missing column") as caught:
+        load(encoder, data_path=jsonl(row))
+    assert "_key=" not in str(caught.value)
+
+
+def test_one_odd_row_does_not_rename_the_column_of_all(encoder, jsonl):
+    with pytest.raises(DataError, match="missing column") as caught:
+        load(encoder, data_path=jsonl(GOOD, GOOD, {"input": "7", "outputs": "8"}))
+    assert "_key=" not in str(caught.value)
+
+
+def test_a_conversation_s_other_name_is_proposed(encoder, jsonl):
+    path = jsonl({"id": "a", "conversations": [USER, REPLY]})
+    with pytest.raises(DataError, match=r"set data\.train\.messages_key=conversations\n"):
+        load(encoder, data_path=path, messages_key="messages")
 
 
 def test_a_source_of_which_no_row_is_left_is_refused(encoder, jsonl):
