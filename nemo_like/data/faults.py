@@ -193,7 +193,7 @@ class FaultReport:
             return "Correct the file or its path."
         for source in self.sources:
             if source.num_bad_rows and source.num_bad_rows == source.num_rows:
-                return f"Correct the rows: none of {source.key} can be used."
+                return f"Correct the rows: without the bad ones nothing is left of {source.key}."
         needed = max((source.needed_share for source in exceeding), default=0.0)
         if drop:
             worst = max(exceeding, key=lambda source: source.needed_share)

@@ -159,7 +159,9 @@ def test_rows_of_all_sources_and_all_rules_are_in_one_report(encoder, jsonl):
     assert f"{first}:2" in report and f"{first}:3, field `output`" in report
     assert report.index("too long") < report.index("not JSON")
     assert "(data.train: 2 of 3, data.validation: 7 of 7)" in report
-    assert report.endswith("Correct the rows: none of data.validation can be used.")
+    assert report.endswith(
+        "Correct the rows: without the bad ones nothing is left of data.validation."
+    )
 
 
 def test_bad_rows_are_dropped_up_to_the_stated_share_and_told(encoder, jsonl):
