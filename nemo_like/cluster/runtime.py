@@ -8,7 +8,11 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -116,12 +120,13 @@ class RayCluster:
         ray = import_ray()
         try:
             # What Ray says of itself (its token file, a worker's death) is said better elsewhere.
-            ray.init(
-                address=address or "local",
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-                **({} if address else self._local_settings()),
-            )
+            with _sessions_of_their_own():
+                ray.init(
+                    address=address or "local",
+                    log_to_driver=False,
+                    logging_level=logging.CRITICAL,
+                    **({} if address else self._local_settings()),
+                )
         except ConnectionError as exc:
             raise ConfigError(
                 f"no Ray cluster answers at cluster.address={address} ({exc}). Start one with "
@@ -152,3 +157,19 @@ class RayCluster:
                 "prestart_worker_first_driver": False,
             },
         }
+
+
+@contextmanager
+def _sessions_of_their_own() -> Iterator[None]:
+    """Inside, processes that Ray starts leave our process group.
+
+    A terminal and a batch system signal the whole group, and Ray's head would be gone before the
+    run has saved. Ray has no setting for it (2.60, `ray/_private/services.py`).
+    """
+    services: Any = import_module("ray._private.services")
+    original = services.ConsolePopen
+    services.ConsolePopen = partial(original, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = original

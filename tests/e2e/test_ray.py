@@ -79,7 +79,7 @@ def test_a_signal_and_then_a_killed_worker(place):
     try:
         wait_until(lambda: len(place.logged()) >= 2)
         family = offspring(process.pid)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # as a batch system does it
         code, said = end_of(process, timeout_s=60)
     finally:
         process.kill()
