@@ -10,6 +10,7 @@ import pytest
 
 from nemo_like.checkpoint.layout import draft_folder
 from nemo_like.errors import EXIT_INTERRUPTED
+from nemo_like.run.journal import REPEAT_S
 from tests.e2e.commands import Place, contents, sft, start_fork, wait_until, words
 
 STEPS = 8
@@ -89,12 +90,12 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(place, 
 
 def test_a_second_interrupt_ends_it_at_once_and_leaves_nothing_half(place):
     process = start_fork(
-        place.argv(*LONG, "policy.train_global_batch_size=128"), place.root / "output"
+        place.argv(*LONG, "policy.train_global_batch_size=2048"), place.root / "output"
     )
     try:
         wait_until(lambda: len(place.logged()) >= 1)
         os.kill(process.pid, signal.SIGINT)
-        time.sleep(0.05)
+        time.sleep(REPEAT_S + 0.1)  # sooner it would count as the same one, and a step takes longer
         os.kill(process.pid, signal.SIGINT)
         process.join(timeout=60)
     finally:
