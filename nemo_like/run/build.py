@@ -116,8 +116,7 @@ def machines(
     groups: list[WorkerGroup] = []
     try:
         ray.start()
-        gpus_found = ray.gpus_found() if cluster.address else count_local_gpus()
-        placement = place(cluster, parallel_sizes(policy), gpus_found=gpus_found)
+        placement = place(cluster, parallel_sizes(policy), gpus_found=ray.gpus_found())
 
         def group(name: str, made_by: Any, where: Any) -> WorkerGroup:
             config = GroupConfig(
