@@ -18,7 +18,9 @@ from nemo_like.config.base import (
 
 OptimizerName = Literal["adam", "sgd", "muon", "dist_muon"]
 ScaleMode = Literal["spectral", "unit_rms_norm", "shape_scaling", "original", "match_rms_adamw"]
-CoefficientType = Literal["quintic", "simple", "polar_express", "cans", "cubic5", "deepseekv4"]
+CoefficientType = Literal[
+    "quintic", "simple", "polar_express", "cans", "cubic5", "deepseekv4", "pion", "custom"
+]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 
 NEWTON_SCHULZ_STEPS: dict[str, range] = {
@@ -33,6 +35,10 @@ NEWTON_SCHULZ_STEPS: dict[str, range] = {
     "cans": range(5, 100),
     # Eight times `simple`, then the polishing polynomial this schedule is chosen for.
     "deepseekv4": range(10, 100),
+    # Made of five.
+    "pion": range(5, 6),
+    # As many as rows are given.
+    "custom": range(1, 100),
 }
 """The step counts that each Newton-Schulz schedule was made for."""
 
@@ -68,14 +74,30 @@ class OptimizerConfig(Node):
     """The Newton-Schulz schedule."""
     muon_num_ns_steps: Positive = 5
     """Newton-Schulz steps; each schedule allows only the counts it was made for."""
+    muon_ns_coefficients: tuple[tuple[float, float, float], ...] = ()
+    """The rows (a, b, c) of `muon_coefficient_type=custom`, one for each step."""
     muon_fp32_matmul_prec: Literal["medium", "high", "highest"] = "medium"
     """Precision of Newton-Schulz: `medium` is bf16, `high` and `highest` are fp32."""
     muon_ns_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     """Overrides `muon_fp32_matmul_prec`."""
     muon_tp_mode: Literal["duplicated", "distributed", "blockwise"] = "duplicated"
     """Under tensor parallelism; both are exact (`blockwise`, which is not, is refused)."""
+    muon_wire_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type in which blocks travel between ranks; null is bf16 where Newton-Schulz is bf16."""
+    muon_bucket_mb: PositiveFloat = 64.0
+    """Most megabytes of whole matrices that one rank works on while the next ones travel."""
     muon_split_qkv: bool = True
-    """Orthogonalise q, k and v of a packed matrix (Megatron's) separately."""
+    """Orthogonalise q, k and v of a packed matrix separately."""
+    muon_split_gate_up: bool = True
+    """Orthogonalise gate and up of a packed matrix separately (Megatron alone does not)."""
+    muon_split_heads: bool = False
+    """Orthogonalise the rows of each head of q, k and v separately."""
+    muon_zero_grad: Literal["skip", "always"] = "skip"
+    """Whether a matrix whose gradient is exactly zero stays (`skip`) or moves on by momentum."""
+    muon_clip: Literal["adamw_only", "all"] = "adamw_only"
+    """Whose gradients `max_grad_norm` scales down; the norm that counts is of all of them."""
+    muon_log_every: Positive = 10
+    """Steps between two looks at the spectra and sizes of Muon's updates."""
     muon_include: tuple[str, ...] = ()
     """Regular expressions of parameter names that Muon takes although the rules would not."""
     muon_exclude: tuple[str, ...] = ()
