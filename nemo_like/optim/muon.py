@@ -39,8 +39,7 @@ class MuonRule:
         return list(
             polar(
                 stacked,
-                schedule=self.coefficient_type,
-                steps=self.ns_steps,
+                rows=coefficients(self.coefficient_type, self.ns_steps),
                 dtype=self.ns_dtype,
             ).unbind()
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_like.config.optimizer import NEWTON_SCHULZ_STEPS
+from nemo_like.config.optimizer import NEWTON_SCHULZ_STEPS, CoefficientType
 from nemo_like.errors import ConfigError
 
 Polynomial = tuple[float, float, float]
@@ -87,9 +87,20 @@ SCHEDULES: dict[str, CoefficientSet] = {
     "deepseekv4": CoefficientSet((_SIMPLE,) * 8 + ((2.0, -1.5, 0.5),) * 2),
 }
 
+PROMOTION: Polynomial = (1.875, -1.25, 0.375)
+SUPPRESSION: Polynomial = (0.0, 2.5, -1.5)
 
-def coefficients(schedule: str, steps: int) -> tuple[Polynomial, ...]:
-    """The rows of `steps` Newton-Schulz steps, safety factor applied.
+
+def coefficients(
+    schedule: CoefficientType,
+    steps: int,
+    custom: tuple[Polynomial, ...] = (),
+    promotion: int | None = None,
+) -> tuple[Polynomial, ...]:
+    """The polynomials of `steps` Newton-Schulz steps, safety factor applied.
+
+    `custom` are the rows of the schedule of that name, `promotion` the number of opening steps of
+    `pion`; both belong to no other schedule.
 
     Raises:
         ConfigError: the schedule was not made for this number of steps.
@@ -99,32 +110,46 @@ def coefficients(schedule: str, steps: int) -> tuple[Polynomial, ...]:
             f"muon_num_ns_steps={steps} does not fit muon_coefficient_type={schedule}, which was "
             f"made for {NEWTON_SCHULZ_STEPS[schedule]}"
         )
+    if schedule == "custom":
+        return custom
+    if schedule == "pion":
+        promoted = promotion or 0
+        return (PROMOTION,) * promoted + (SUPPRESSION,) * (steps - promoted)
     chosen = SCHEDULES[schedule]
     rows = chosen.rows[:steps] + chosen.rows[-1:] * (steps - len(chosen.rows))
     s = chosen.safety
     return tuple((a / s, b / s**3, c / s**5) for a, b, c in rows)
 
 
-def polar(X: Tensor, *, schedule: str, steps: int, dtype: torch.dtype) -> Tensor:
-    """The approximate polar factor U V^T of each matrix X = U S V^T, worked out in `dtype`.
+def polar(
+    X: Tensor,
+    *,
+    rows: tuple[Polynomial, ...],
+    dtype: torch.dtype,
+    gain: float = 1.0,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """The approximate polar factor U V^T of each matrix X = U S V^T, times `gain`, in `dtype`.
 
     It does not depend on the scale of X, down to the smallest normal number; a zero matrix gives
-    zero, and a matrix with a NaN or an infinity gives NaN.
+    zero, and a matrix with a NaN or an infinity gives NaN. Matrices that `keep` is false for give
+    zero (NaN, too, where they are not finite), on the device, without asking it.
 
-    Shapes: [..., R, C] -> [..., R, C].
+    Shapes: X [..., R, C] -> [..., R, C]; keep [...], bool.
 
     Source: Jordan et al., https://kellerjordan.github.io/posts/muon/. Changed: normalised before
     the cast to `dtype`, by two scale-free divisions instead of a norm with an epsilon under it,
     which silently shrinks the update of a tiny gradient.
     """
-    rows = coefficients(schedule, steps)
-    normal = _normalized(X).to(dtype)
+    normal = _normalized(X, keep).to(dtype)
     current = normal.reshape(-1, *normal.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
     side = min(X.shape[-2:])
     gram = current.new_empty(len(current), side, side)
     square, following = torch.empty_like(gram), torch.empty_like(current)
-    for a, b, c in rows:
+    # A step is linear in its coefficients, so the gain costs nothing in the last one.
+    last = tuple(gain * coefficient for coefficient in rows[-1])
+    for a, b, c in (*rows[:-1], last):
         # The smaller of XX^T and X^TX: a tall matrix is never transposed in memory, only in effect.
         torch.bmm(*((current.mT, current) if tall else (current, current.mT)), out=gram)
         if c == 0.0:
@@ -137,10 +162,12 @@ def polar(X: Tensor, *, schedule: str, steps: int, dtype: torch.dtype) -> Tensor
     return current.view(X.shape)
 
 
-def _normalized(X: Tensor) -> Tensor:
+def _normalized(X: Tensor, keep: Tensor | None) -> Tensor:
     """Each matrix divided by its Frobenius norm; zero stays zero."""
     # The largest entry goes first: squares of the rest then neither overflow nor vanish.
     largest = X.abs().amax((-2, -1), keepdim=True)
     scaled = X / torch.where(largest == 0, 1, largest)
     norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    if keep is not None:
+        norm = torch.where(keep[..., None, None], norm, torch.inf)
     return scaled.div_(torch.where(norm == 0, 1, norm))

@@ -24,7 +24,7 @@ def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def quintic(X: torch.Tensor, dtype: torch.dtype = FP64) -> torch.Tensor:
-    return polar(X, schedule="quintic", steps=5, dtype=dtype)
+    return polar(X, rows=coefficients("quintic", 5), dtype=dtype)
 
 
 def scalar_map(values: torch.Tensor, schedule: str, steps: int) -> torch.Tensor:
@@ -36,8 +36,9 @@ def scalar_map(values: torch.Tensor, schedule: str, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize(("schedule", "steps"), PAIRS)
 def test_every_singular_value_follows_the_scalar_polynomial(schedule, steps):
     X = matrix(24, 40)
-    expected = polar_by_hand(X, coefficients(schedule, steps))
-    found = polar(X, schedule=schedule, steps=steps, dtype=FP64)
+    rows = coefficients(schedule, steps)
+    expected = polar_by_hand(X, rows)
+    found = polar(X, rows=rows, dtype=FP64)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -54,23 +55,24 @@ def test_every_allowed_pair_brings_singular_values_near_one(schedule, steps):
 )
 def test_a_step_count_that_a_schedule_was_not_made_for_is_refused(schedule, steps):
     with pytest.raises(ConfigError, match=f"muon_num_ns_steps={steps}.*{schedule}"):
-        polar(matrix(3, 3), schedule=schedule, steps=steps, dtype=FP64)
+        coefficients(schedule, steps)
 
 
 def test_the_table_of_step_counts_and_the_table_of_coefficients_name_the_same_schedules():
-    assert NEWTON_SCHULZ_STEPS.keys() == SCHEDULES.keys()
+    assert NEWTON_SCHULZ_STEPS.keys() == SCHEDULES.keys() | {"pion", "custom"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("schedule", "steps"), PAIRS)
 def test_low_precision_never_leaves_the_band_whatever_the_spectrum(schedule, steps, dtype):
+    rows = coefficients(schedule, steps)
     steep = torch.linalg.qr(matrix(96, 96))[0] * torch.logspace(0, -3, 96, dtype=FP64)
     spectra = [torch.ones(96, 160, dtype=FP64), torch.ones(56, 64, dtype=FP64)]
     spectra += [matrix(96, 1, seed=s) @ matrix(1, 160, seed=s + 1) for s in range(3)]
     spectra += [spectra[2] + 1e-3 * matrix(96, 160), steep, matrix(96, 160)]
     for X in spectra:
         left, values, right = torch.linalg.svd(X, full_matrices=False)
-        found = polar(X.float(), schedule=schedule, steps=steps, dtype=dtype).double()
+        found = polar(X.float(), rows=rows, dtype=dtype).double()
         mapped = (left.T @ found @ right.T).diagonal()[values > 0.05 * values[0]]
         assert mapped.min() > 0.6
         assert mapped.max() < 1.4
@@ -127,3 +129,17 @@ def test_the_input_is_left_as_it_was():
     before = X.clone()
     quintic(X)
     assert torch.equal(X, before)
+
+
+def test_a_gain_multiplies_the_result():
+    X, rows = matrix(2, 5, 8), coefficients("quintic", 5)
+    plain = polar(X, rows=rows, dtype=FP64)
+    torch.testing.assert_close(polar(X, rows=rows, dtype=FP64, gain=-0.03), -0.03 * plain)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8), (3, 8, 5)])
+def test_a_matrix_that_is_not_kept_gives_exactly_zero(shape):
+    X, rows = matrix(*shape), coefficients("quintic", 5)
+    found = polar(X, rows=rows, dtype=FP64, keep=torch.tensor([True, False, True]))
+    assert not found[1].any()
+    torch.testing.assert_close(found[::2], polar(X, rows=rows, dtype=FP64)[::2], rtol=0, atol=1e-15)
