@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from nemo_like.errors import ConfigError
+from nemo_like.optim.views import WHOLE, View
 
 Algorithm = Literal["muon", "adamw", "sgd"]
 
@@ -19,29 +20,41 @@ NAME_RULES: tuple[tuple[str, str], ...] = (
     ("bias", r"bias(\.weight)?$"),
     ("LoRA adapter", r"(^|[._])lora_"),
     ("norm", r"norm[^.]*(\.|$)|(^|\.)ln_?[^.]*\.weight$"),
-    ("position table", r"(^|\.)(wpe|[^.]*(pos|position|positional)_emb[^.]*)(\.|$)"),
+    (
+        "position table",
+        r"(^|\.)(wpe|rel_pos_[hw]|[^.]*pos(itions?|itional)?_(emb|enc|bias|table)[^.]*)(\.|$)",
+    ),
+    ("learned tokens", r"(^|\.)(latents|latent_query|[^.]*(query|cls|mask|register)_tokens?)$"),
     ("embedding", r"(^|\.)(wte|[^.]*embed[^.]*)(\.|$)"),
-    ("output head", r"(^|\.)(lm_head|output_layer|embed_out|score|classifier|[^.]*_head)(\.|$)"),
     ("router", r"(^|\.)(router|gate|[^.]*(router|expert_gate))(\.|$)"),
+    ("output head", r"(^|\.)(output_layer|embed_out|score|classifier|([^.]*_)?head)(\.|$)"),
     ("state-space parameter", r"(^|\.)(A_log|dt_bias|D)$"),
-    ("convolution", r"conv[^.]*(\.|$)|(^|\.)patch[^.]*\."),
+    # The last module counts: LFM2 calls a block `conv` that has matrices inside.
+    ("convolution", r"conv[^.]*(\.weight)?$|(^|\.)patch[^.]*\."),
+    ("experts flattened into one matrix", r"experts\.(mlp\.(w1|v1|w2)|weight[12])$"),
 )
 """(reason, pattern): a matrix whose name matches is left to AdamW; first match wins.
 
 Source: the exclusions of Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/) and of
-Megatron-LM. Added: biases stored as matrices (stacked experts), position tables, routers and LoRA.
+Megatron-LM. Added: biases stored as matrices (stacked experts), tables of positions and learned
+tokens, routers, LoRA, and the experts of DBRX and of Megatron's `GroupedMLP`, whose rows do not
+say where one ends.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who updates one parameter; `shape` and `numel` are of the whole tensor, over all ranks."""
+    """Who updates one parameter; `shape` and `numel` are of the whole tensor, over all ranks.
+
+    `view` says into which matrices Muon cuts it. It is not stored: another backend packs otherwise.
+    """
 
     name: str
     shape: tuple[int, ...]
     numel: int
     optimizer: Algorithm
     reason: str
+    view: View = WHOLE
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,10 @@ class Routing:
     def names(self, optimizer: Algorithm) -> tuple[str, ...]:
         """The parameters of one algorithm, in order."""
         return tuple(row.name for row in self.rows if row.optimizer == optimizer)
+
+    def owners(self) -> dict[str, str]:
+        """The optimizer of each parameter."""
+        return {row.name: row.optimizer for row in self.rows}
 
     def to_json(self) -> list[dict[str, Any]]:
         """What a checkpoint stores, to be compared on resume."""
@@ -79,8 +96,11 @@ def route(
     embeddings: Iterable[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    view: Callable[[Sequence[str], Sequence[int]], View] = lambda names, shape: WHOLE,
 ) -> Routing:
     """One row per trainable parameter; with `adamw` or `sgd` that algorithm takes them all.
+
+    `view` is asked, for Muon's parameters alone, how one of these names and this shape is cut.
 
     Raises:
         ConfigError: nothing is trainable, or an `include` or `exclude` pattern is not a regular
@@ -102,7 +122,10 @@ def route(
         if optimizer == "muon":
             chosen, reason = _choose(own, parameter, known, takes=takes, leaves=leaves)
         shape, numel = tuple(parameter.shape), parameter.numel()
-        rows.append(Owner(own[0], shape, numel, optimizer=chosen, reason=reason))
+        cut = view(own, shape) if chosen == "muon" else WHOLE
+        if cut.label:
+            reason = f"{reason}: {cut.label}"
+        rows.append(Owner(own[0], shape, numel, optimizer=chosen, reason=reason, view=cut))
     return Routing(tuple(rows))
 
 
