@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from nemo_like.backends.settings import BackendSettings
 from nemo_like.checkpoint import rng
-from nemo_like.checkpoint.layout import MODEL, OPTIMIZER
+from nemo_like.checkpoint.files import read_json
+from nemo_like.checkpoint.layout import MODEL, OPTIMIZER, ROUTING
 from nemo_like.checkpoint.store import StateWriter, load_state
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import NonFiniteError, NoSignalError
@@ -24,6 +25,7 @@ from nemo_like.interfaces import Loss
 from nemo_like.observability.metrics import reduce
 from nemo_like.optim.clip import clip_gradients
 from nemo_like.optim.combined import CombinedOptimizer
+from nemo_like.optim.convert import convert, template_for
 from nemo_like.optim.norm import local
 from nemo_like.optim.routing import Routing
 from nemo_like.optim.schedule import Schedule
@@ -136,10 +138,13 @@ class RankBackend(ABC):
         with self._booked(phases, "forward_backward"):
             shares, metrics = self._backward(shard, loss)
         with self._booked(phases, "optimizer"):
-            grad_norm = clip_gradients(self.model.parameters(), self.policy.active_max_grad_norm)
+            grad_norm = clip_gradients(
+                self.optimizer.param_groups, self.policy.active_max_grad_norm
+            )
             values = torch.stack(shares).tolist() if shares else []
             if self._is_finite(values, grad_norm):
                 self._schedule.apply(self.optimizer, self.step)
+                self.optimizer.watch = self._is_watched(self.step)
                 self.optimizer.step()
             else:
                 self._skip_or_raise(values, grad_norm)
@@ -270,13 +275,21 @@ class RankBackend(ABC):
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Take this rank's part of what `save` wrote, in whatever layout it was written."""
+        """Take this rank's part of what `save` wrote, in whatever layout it was written.
+
+        Raises:
+            CheckpointError: it is of another model; or other optimizers own the parameters, unless
+                `convert_optimizer` allows that.
+        """
         template = self._state()
+        own, owners = template[OPTIMIZER], self.routing.owners()
+        saved = read_json(folder / ROUTING) if self.settings.convert_optimizer else owners
+        template[OPTIMIZER] = template_for(own, saved, owners)
         loaded = {name: load_state(folder / name, template[name]) for name in template}
         # The model's tensors were filled in place; what else was read is handed back.
         progress = loaded[MODEL]["progress"]
         self.step, self.skipped_steps = progress["step"], progress["skipped_steps"]
-        self.optimizer.load_state_tree(loaded[OPTIMIZER])
+        self.optimizer.load_state_tree(convert(loaded[OPTIMIZER], own, saved, owners))
         rng.load(folder, rank=self._rank, world_size=self._world_size)
 
     def _state(self) -> dict[str, dict[str, Any]]:

@@ -11,9 +11,11 @@ class BackendSettings:
 
     `seed` gives a newborn model's weights, and everything that is drawn during training.
     `skip_budget` is how many steps with a non-finite loss or gradient are left out before one ends
-    the run. With `asynchronous_save` a save returns when the state is copied.
+    the run. With `asynchronous_save` a save returns when the state is copied. With
+    `convert_optimizer` a checkpoint whose parameters had other optimizers can be loaded.
     """
 
     seed: int
     skip_budget: int = 0
     asynchronous_save: bool = False
+    convert_optimizer: bool = False

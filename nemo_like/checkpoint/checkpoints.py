@@ -52,6 +52,11 @@ ARCHITECTURE = (
 )
 """What of a Hugging Face config changes shapes, or what weights compute."""
 
+_CONVERT = (
+    "checkpointing.optimizer_state=convert, which keeps what the new optimizers can use of the "
+    "state of the old ones, and says what that is"
+)
+
 
 @dataclass(frozen=True)
 class RunIdentity:
@@ -74,13 +79,14 @@ class SavedCheckpoint:
     """A whole checkpoint of this run.
 
     `differences` says what makes a continuation equal to round-off only; it is empty where the
-    continuation is exact to the bit.
+    continuation is exact to the bit. `routing` names the optimizer that each parameter had.
     """
 
     folder: Path
     step: int
     metrics: Mapping[str, float]
     data: Any
+    routing: Mapping[str, str]
     differences: tuple[str, ...]
 
 
@@ -104,19 +110,35 @@ class Checkpoints:
     def latest_good(self) -> SavedCheckpoint | None:
         """The newest checkpoint, verified to the last byte; None where there is none yet.
 
+        While this run has none of its own, it is that of `start_from`.
+
         Raises:
             CheckpointError: the newest one is damaged (the message names the good one to use, and
                 the command), or it was saved by a run with another model or routing.
         """
         steps = layout.find_steps(self._root)
         if not steps:
-            return None
+            return self._of_another_run()
         folder = layout.step_folder(self._root, steps[-1])
         try:
             verified = manifest.verify(folder)
         except CheckpointError as damage:
             raise CheckpointError(f"{damage}. {self._way_on(steps)}") from damage
         return self._read(folder, verified)
+
+    def _of_another_run(self) -> SavedCheckpoint | None:
+        if self._config.start_from is None:
+            return None
+        folder = Path(self._config.start_from)
+        if not folder.is_dir():
+            raise CheckpointError(f"checkpointing.start_from={folder} is no folder")
+        if steps := layout.find_steps(folder):
+            last = layout.step_folder(folder, steps[-1])
+            raise CheckpointError(
+                f"checkpointing.start_from={folder} is a folder of checkpoints: name one of them, "
+                f"such as {last}"
+            )
+        return self._read(folder, manifest.verify(folder))
 
     def begin(self, step: int) -> Path:
         """An empty folder to write this step's checkpoint into.
@@ -252,17 +274,22 @@ class Checkpoints:
         compared = [key for key in ARCHITECTURE if key in model and key in state["model"]]
         saved = {key: state["model"][key] for key in compared}
         found = differences(saved, {key: model[key] for key in compared}, "model")
-        found += differences(read_json(folder / layout.ROUTING), routing, "routing")
+        owners = read_json(folder / layout.ROUTING)
+        foreign = found or owners.keys() != routing.keys()
+        if foreign or self._config.optimizer_state == "exact":
+            found += differences(owners, routing, "routing")
         if found:
             raise CheckpointError(
                 f"{folder} belongs to another run: {shown(found)}. Restore its configuration "
                 f"({folder / layout.CONFIG}), or set a new checkpointing.checkpoint_dir"
+                + ("" if foreign else f", or {_CONVERT}")
             )
         return SavedCheckpoint(
             folder=folder,
             step=verified.step,
             metrics=_metrics(state),
             data=read_json(folder / layout.DATA),
+            routing=owners,
             differences=verified.differences(self._identity.layout),
         )
 

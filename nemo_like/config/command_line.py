@@ -136,10 +136,15 @@ def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> compo
 
 
 def _named_after(node: Node, path: Path) -> str:
-    """A checkpoint folder for this model, data and seed: another configuration, another folder."""
+    """A checkpoint folder for this model, data, seed and start: each configuration has its own."""
     how = {"env_vars", "activation_checkpointing", "cpu_offload"}
     what = node.model_dump_json(
-        include={"policy": True, "data": True, "sft": {"seed", "only_unmask_final"}},
+        include={
+            "policy": True,
+            "data": True,
+            "sft": {"seed", "only_unmask_final"},
+            "checkpointing": {"start_from"},
+        },
         exclude={
             "policy": {"dtensor_cfg": how, "megatron_cfg": how} | dict.fromkeys(NOT_THE_RUN, True),
             "data": {"num_workers", "bad_rows", "max_bad_rows"},

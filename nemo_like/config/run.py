@@ -16,6 +16,10 @@ class CheckpointingConfig(Node):
     """Write checkpoints, and continue from the latest one at start."""
     checkpoint_dir: str = "auto"
     """Folder of the `step_N` folders; `auto` names one in `results/` by policy, data and seed."""
+    start_from: str | None = None
+    """Checkpoint of another run (`step_N`) to go on from, while `checkpoint_dir` has none."""
+    optimizer_state: Literal["exact", "convert"] = "exact"
+    """`convert` goes on under other optimizers too: what fits is kept, the rest starts anew."""
     metric_name: str | None = None
     """What checkpoints are ranked by, `val:<name>` or `train:<name>`; null ranks by age."""
     higher_is_better: bool = False
@@ -42,6 +46,8 @@ class CheckpointingConfig(Node):
             )
         if self.metric_name is not None and not re.fullmatch(r"(val|train):.+", self.metric_name):
             yield Conflict(("metric_name",), "the form is val:<name> or train:<name>, or null")
+        if self.start_from is not None and not self.enabled:
+            yield Conflict(("start_from", "enabled"), "without checkpoints no run goes on from one")
 
 
 class WandbConfig(Node):

@@ -41,6 +41,7 @@ from nemo_like.observability.secrets import redact_tree
 from nemo_like.observability.sinks import build_sinks
 from nemo_like.observability.timing import StepClock, flops_per_token, peak_flops
 from nemo_like.run.journal import RunJournal, StopRequest, handling_signals
+from nemo_like.run.origin import Origin
 from nemo_like.types import PolicyFacts
 
 LOG_FOLDER = "log_folder"
@@ -97,6 +98,7 @@ class Session:
         self._console = RunConsole()
         self._checkpoint_root = Path(tree.checkpointing.checkpoint_dir)
         self._journal: RunJournal | None = None
+        self._origin = Origin(self._checkpoint_root, tree.checkpointing.start_from)
         self.folder = self._open_folder()
 
     def run(self, body: Callable[[Session, ExitStack], int]) -> int:
@@ -158,6 +160,7 @@ class Session:
         saved = checkpoints.latest_good() if checkpoints is not None else None
         done = 0
         if saved is not None:
+            self._origin.inherit(saved, _routing(facts))
             self._continue(saved, policy, data)
             done = saved.step
             if done >= total_steps:
@@ -166,9 +169,10 @@ class Session:
                     f"{total_steps}. To train on, raise the number of steps; to begin anew, "
                     "set another checkpointing.checkpoint_dir"
                 )
-        table = ownership_table(facts.owners)
-        self._console.table(table)
-        self.folder.write_tables([table])
+        tables = [ownership_table(facts.owners), *self._origin.tables()]
+        for table in tables:
+            self._console.table(table)
+        self.folder.write_tables(tables)
         self.folder.write_config(self._config)
         device = f"{facts.world_size} x {facts.device}"
         self.folder.write_facts(
@@ -179,7 +183,11 @@ class Session:
             stack.callback(sink.close)
         journal = RunJournal(
             policy=policy,
-            position=lambda: {"data": data.state(), LOG_FOLDER: str(self.folder.path.absolute())},
+            position=lambda: {
+                "data": data.state(),
+                LOG_FOLDER: str(self.folder.path.absolute()),
+                **self._origin.to_json(),
+            },
             export=self._exporter(policy, facts, tokenizer),
             checkpoints=checkpoints,
             config=self._tree.checkpointing,
@@ -252,7 +260,7 @@ class Session:
             return None
         identity = RunIdentity(
             model=facts.model,
-            routing={owner["name"]: owner["optimizer"] for owner in facts.owners},
+            routing=_routing(facts),
             config_yaml=as_yaml(self._config),
             layout=RunLayout(facts.world_size, facts.threads, facts.device),
         )
@@ -262,7 +270,8 @@ class Session:
         return checkpoints
 
     def _continue(self, saved: SavedCheckpoint, policy: Policy, data: Resumable) -> None:
-        data.load_state(saved.data["data"])
+        if saved.data["data"] is not None:  # as where nothing was read yet: an imported one
+            data.load_state(saved.data["data"])
         policy.load(saved.folder)
         self.folder = RunFolder.reopen(self.folder.path, step=saved.step)
         self.say(f"continuing from {saved.folder}")
@@ -332,6 +341,10 @@ def read_model_config(policy: PolicyConfig) -> dict[str, Any]:
     return config | policy.hf_config_overrides
 
 
+def _routing(facts: PolicyFacts) -> dict[str, str]:
+    return {owner["name"]: owner["optimizer"] for owner in facts.owners}
+
+
 def _command() -> str:
     """The command that started this run."""
     return shlex.join(["uv", "run", *sys.argv])
@@ -340,5 +353,5 @@ def _command() -> str:
 def _changed_settings(saved: Path, now: Mapping[str, Any]) -> list[str]:
     """The settings of a resumed run that its checkpoint was not trained with."""
     then = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    changed = differences(then, now)
+    changed = differences(then, now) if then is not None else []  # an imported one has none
     return [line for line in changed if not line.startswith(("checkpointing.", "logger."))]

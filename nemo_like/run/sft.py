@@ -73,6 +73,7 @@ def _machines(tree: SFTTree, session: Session) -> Any:
         seed=sft.seed,
         skip_budget=sft.skip_non_finite_steps,
         asynchronous_save=tree.checkpointing.is_async,
+        convert_optimizer=tree.checkpointing.optimizer_state == "convert",
     )
     logprob = Batching.for_logprobs(policy, sft.val_micro_batch_size)
     return machines(
