@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.errors import ConfigError
 from nemo_like.optim.combined import CombinedOptimizer
 from nemo_like.optim.muon import MuonRule
+from nemo_like.optim.newton_schulz import coefficients
 from nemo_like.optim.routing import Algorithm, Routing, route
 from nemo_like.optim.scale import default_extra_factor
+from nemo_like.optim.views import AttentionShape, view_of
 
 ALGORITHMS: dict[str, Algorithm] = {
     "adam": "adamw",
@@ -28,11 +32,15 @@ def build_optimizer(
     config: OptimizerConfig,
     *,
     embeddings: Iterable[str] = (),
+    attention: AttentionShape | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[CombinedOptimizer, Routing]:
     """The optimizer of all trainable parameters, and who owns each of them and why.
 
     `embeddings` names parameters that are known to be embeddings or output heads (see
-    `routing.embedding_names`); well-known names are recognised without.
+    `routing.embedding_names`); well-known names are recognised without. `attention` says where in a
+    packed matrix q, k and v are. `mesh` is that of the whole program, if it has several ranks: a
+    parameter on a part of it, or on none, is the same on all the rest.
 
     Raises:
         ConfigError: a parameter or a setting does not allow it; the message names the key.
@@ -46,6 +54,13 @@ def build_optimizer(
         embeddings=embeddings,
         include=config.muon_include,
         exclude=config.muon_exclude,
+        view=partial(
+            view_of,
+            attention=attention,
+            split_qkv=config.muon_split_qkv,
+            split_gate_up=config.muon_split_gate_up,
+            split_heads=config.muon_split_heads,
+        ),
     )
     by_name = dict(named)
     groups = [
@@ -54,11 +69,11 @@ def build_optimizer(
             "algorithm": owner,
             "lr": config.lr,
             "weight_decay": config.weight_decay,
-            **_settings(owner, config),
+            **_settings(owner, config, routing),
         }
         for owner in dict.fromkeys(row.optimizer for row in routing.rows)
     ]
-    optimizer = CombinedOptimizer(groups)
+    optimizer = CombinedOptimizer(groups, mesh)
     _prove_all_claimed(optimizer, named)
     return optimizer, routing
 
@@ -75,16 +90,26 @@ def muon_rule(config: OptimizerConfig) -> MuonRule:
         nesterov=config.muon_use_nesterov,
         scale_mode=config.muon_scale_mode,
         extra_scale_factor=default_extra_factor(config.muon_scale_mode) if extra is None else extra,
-        coefficient_type=config.muon_coefficient_type,
-        ns_steps=config.muon_num_ns_steps,
+        polynomials=coefficients(
+            config.muon_coefficient_type,
+            config.muon_num_ns_steps,
+            custom=config.muon_ns_coefficients,
+        ),
         ns_dtype=dtype,
+        wire_dtype=config.muon_wire_dtype and getattr(torch, config.muon_wire_dtype),
+        bucket_bytes=config.muon_bucket_mb * 1e6,
+        zero_grad=config.muon_zero_grad,
     )
 
 
-def _settings(owner: Algorithm, config: OptimizerConfig) -> dict[str, Any]:
+def _settings(owner: Algorithm, config: OptimizerConfig, routing: Routing) -> dict[str, Any]:
     match owner:
         case "muon":
-            return {"rule": muon_rule(config)}
+            return {
+                "rule": muon_rule(config),
+                "views": [row.view for row in routing.rows if row.optimizer == "muon"],
+                "clip": config.muon_clip == "all",
+            }
         case "adamw":
             return {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
         case "sgd":

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from nemo_like.errors import CheckpointError, ConfigError
-from nemo_like.optim.muon import MuonRule
+from nemo_like.optim.diagnostics import sizes
+from nemo_like.optim.layout import layout_of
+from nemo_like.optim.muon import Muon, observations
 from nemo_like.optim.norm import local, local_squares, total_over_shards
 
 STATE_TENSORS = {
@@ -26,16 +29,20 @@ class CombinedOptimizer(Optimizer):
     """AdamW, SGD and Muon side by side, each on the parameter groups that name it.
 
     A group is `{"algorithm", "params": [(name, parameter), ...], "lr", "weight_decay", ...}` with
-    the algorithm's own settings: `rule` (a `MuonRule`) for muon; `betas` and `eps` for adamw;
-    `momentum` for sgd. State exists from the beginning, so that a checkpoint of step 0 has the
-    shape of every other, in the type of the weights (fp32). Parameters may be DTensors of any
-    placements. A parameter without a gradient is left alone; gradients are only read.
+    the algorithm's own settings: `rule` (a `MuonRule`) and `views` (one per parameter) for muon;
+    `betas` and `eps` for adamw; `momentum` for sgd. State exists from the beginning, so that a
+    checkpoint of step 0 has the shape of every other, in the type of the weights (fp32). Parameters
+    may be DTensors of any placements; with the `mesh` of the whole program, copies of a matrix on
+    several ranks share Muon's work too. A parameter without a gradient is left alone; gradients
+    are only read.
+
+    `watch` asks the steps that follow to keep what `metrics` tells of them.
 
     Raises:
         ConfigError: a parameter is held in half precision, or twice.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], mesh: DeviceMesh | None = None) -> None:
         super().__init__(list(groups), defaults={})
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
@@ -49,7 +56,13 @@ class CombinedOptimizer(Optimizer):
                     state[key] = torch.zeros_like(parameter, requires_grad=False)
                 if group["algorithm"] == "adamw":
                     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        self._stepped: dict[str, _Stepped] = {}
+        self.watch = False
+        self._mesh = mesh
+        self._muons = [
+            _muons_of(group, mesh) if group["algorithm"] == "muon" else []
+            for group in self.param_groups
+        ]
+        self._stepped: list[tuple[dict[str, Any], list[Tensor], float]] = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -58,32 +71,39 @@ class CombinedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._stepped = {}
-        for group in self.param_groups:
+        self._stepped = []
+        for group, muons in zip(self.param_groups, self._muons, strict=True):
+            lr, decay = group["lr"], group["weight_decay"]
+            for muon in muons:
+                momenta = [self.state[p]["momentum_buffer"] for p in muon.parameters]
+                muon.step(momenta, lr=lr, weight_decay=decay, watch=self.watch)
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                done = _Stepped(group, parameters, group["lr"])
-                STEPS[group["algorithm"]](done, self.state)
-                self._stepped[group["algorithm"]] = done
+            if parameters and not muons:
+                STEPS[group["algorithm"]](group, parameters, self.state)
+                self._stepped.append((group, parameters, lr))
         return loss
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Root mean square of the last update, and its size relative to the weights, per algorithm.
+        """How large the last step was, per algorithm and kind of matrix, if it was watched.
 
-        Decay is not counted. It costs a pass over the parameters and one wait for the device, and
-        is a collective when they are sharded: ask on every rank, and not more often than you look
-        at it.
+        `<algorithm>/update_rms` is the root mean square of the update, `update_to_weight` its size
+        relative to the weights, decay not counted. Of Muon there is the same per kind of matrix,
+        and what `diagnostics.spectrum` tells. It costs a pass over the parameters and one wait for
+        the device, and is a collective when they are sharded: ask on every rank.
         """
-        names: list[str] = []
-        values: list[Tensor] = []
-        for algorithm, done in self._stepped.items():
-            update = total_over_shards(done.update_squares(self.state), done.parameters)
-            weights = total_over_shards(local_squares(done.parameters), done.parameters)
-            count = sum(p.numel() for p in done.parameters)
-            names += [f"{algorithm}/update_rms", f"{algorithm}/update_to_weight"]
-            values += [done.lr * (update / count).sqrt(), done.lr * (update / weights).sqrt()]
-        return dict(zip(names, torch.stack(values).tolist(), strict=True)) if values else {}
+        if not self.watch:
+            return {}
+        found: dict[str, Tensor] = {}
+        for group, parameters, lr in self._stepped:
+            squares = _update_squares(group, parameters, self.state)
+            update = total_over_shards(squares, parameters)
+            weights = total_over_shards(local_squares(parameters), parameters)
+            count = sum(p.numel() for p in parameters)
+            found |= sizes(group["algorithm"], lr, update=update, weights=weights, count=count)
+        for muons in self._muons:
+            found |= observations(muons) if muons else {}
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
 
     def state_tree(self) -> dict[str, Any]:
         """The state by parameter name: `{"state": {name: {key: tensor}}, "steps": {name: int}}`.
@@ -145,83 +165,85 @@ def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return found
 
 
-class _Stepped:
-    """What one group did in the last step, kept for metrics to be worked out when asked for."""
-
-    def __init__(self, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
-        self.group, self.parameters, self.lr = group, parameters, lr
-        self.norms: list[Tensor] | None = None
-
-    def update_squares(self, states: Mapping[Tensor, dict[str, Tensor]]) -> Tensor:
-        """The sum of squares of this rank's part of each update, for a learning rate of one."""
-        if self.norms is not None:
-            return torch.stack(self.norms).double().square_()
-        if self.group["algorithm"] == "sgd":
-            return local_squares([states[p]["momentum_buffer"] for p in self.parameters])
-        norms = [self._adamw_norm(states[p]) for p in self.parameters]
-        return torch.stack(norms).double().square_()
-
-    def _adamw_norm(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The norm of AdamW's last update of one parameter: a function of what it remembers."""
-        beta1, beta2 = self.group["betas"]
-        step = state["step"].double()  # in fp32, 1 - 0.999^step is good to 4 digits only
-        ratio = local(state["exp_avg_sq"]).sqrt()
-        ratio.div_((1 - beta2**step).sqrt()).add_(self.group["eps"])
-        torch.div(local(state["exp_avg"]), ratio, out=ratio)
-        return ratio.norm() / (1 - beta1**step)
-
-
 States = Mapping[Tensor, dict[str, Tensor]]
 
 
-def _step_muon(done: _Stepped, states: States) -> None:
-    rule: MuonRule = done.group["rule"]
-    momenta = [states[p]["momentum_buffer"] for p in done.parameters]
-    done.norms = rule.step(
-        done.parameters, momenta, lr=done.lr, weight_decay=done.group["weight_decay"]
-    )
+def _update_squares(group: dict[str, Any], parameters: list[Tensor], states: States) -> Tensor:
+    """The sum of squares of this rank's part of each last update, for a learning rate of one."""
+    if group["algorithm"] == "sgd":
+        return local_squares([states[p]["momentum_buffer"] for p in parameters])
+    norms = [_adamw_norm(group, states[p]) for p in parameters]
+    return torch.stack(norms).double().square_()
 
 
-def _step_adamw(done: _Stepped, states: States) -> None:
+def _adamw_norm(group: dict[str, Any], state: Mapping[str, Tensor]) -> Tensor:
+    """The norm of AdamW's last update of one parameter: a function of what it remembers."""
+    beta1, beta2 = group["betas"]
+    step = state["step"].double()  # in fp32, 1 - 0.999^step is good to 4 digits only
+    ratio = local(state["exp_avg_sq"]).sqrt()
+    ratio.div_((1 - beta2**step).sqrt()).add_(group["eps"])
+    torch.div(local(state["exp_avg"]), ratio, out=ratio)
+    return ratio.norm() / (1 - beta1**step)
+
+
+def _muons_of(group: dict[str, Any], mesh: DeviceMesh | None) -> list[Muon]:
+    """Muon over a group's parameters: one for each set of ranks that hold some of them."""
+    layouts = [layout_of(p, mesh) for p in group["params"]]
+    by_ranks: dict[tuple[int, ...], list[int]] = {}
+    for i, layout in enumerate(layouts):
+        by_ranks.setdefault(layout.ranks, []).append(i)
+    named = list(zip(group["param_names"], group["params"], strict=True))
+    return [
+        Muon(
+            group["rule"],
+            [named[i] for i in positions],
+            [group["views"][i] for i in positions],
+            [layouts[i] for i in positions],
+        )
+        for positions in by_ranks.values()
+    ]
+
+
+def _step_adamw(group: dict[str, Any], parameters: list[Tensor], states: States) -> None:
     """One step of AdamW by torch's fused kernel, on this rank's parts.
 
     Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, by `torch.optim.adamw`.
     """
-    beta1, beta2 = done.group["betas"]
+    beta1, beta2 = group["betas"]
     adamw(
-        [local(p) for p in done.parameters],
-        [local(p.grad) for p in done.parameters if p.grad is not None],
-        [local(states[p]["exp_avg"]) for p in done.parameters],
-        [local(states[p]["exp_avg_sq"]) for p in done.parameters],
+        [local(p) for p in parameters],
+        [local(p.grad) for p in parameters if p.grad is not None],
+        [local(states[p]["exp_avg"]) for p in parameters],
+        [local(states[p]["exp_avg_sq"]) for p in parameters],
         [],
-        [states[p]["step"] for p in done.parameters],
+        [states[p]["step"] for p in parameters],
         fused=True,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=done.lr,
-        weight_decay=done.group["weight_decay"],
-        eps=done.group["eps"],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
         maximize=False,
     )
 
 
-def _step_sgd(done: _Stepped, states: States) -> None:
+def _step_sgd(group: dict[str, Any], parameters: list[Tensor], states: States) -> None:
     """One step of SGD with heavy-ball momentum and decoupled weight decay.
 
     Source: `torch.optim.SGD`. Changed: weight decay acts on the weights, not on the gradient.
     """
-    weights = [local(p) for p in done.parameters]
-    buffers = [local(states[p]["momentum_buffer"]) for p in done.parameters]
-    torch._foreach_mul_(buffers, done.group["momentum"])
-    torch._foreach_add_(buffers, [local(p.grad) for p in done.parameters if p.grad is not None])
-    if done.group["weight_decay"]:
-        torch._foreach_mul_(weights, 1 - done.lr * done.group["weight_decay"])
-    torch._foreach_add_(weights, buffers, alpha=-done.lr)
+    weights = [local(p) for p in parameters]
+    buffers = [local(states[p]["momentum_buffer"]) for p in parameters]
+    torch._foreach_mul_(buffers, group["momentum"])
+    torch._foreach_add_(buffers, [local(p.grad) for p in parameters if p.grad is not None])
+    if group["weight_decay"]:
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(weights, buffers, alpha=-group["lr"])
 
 
-STEPS: dict[str, Callable[[_Stepped, States], None]] = {
-    "muon": _step_muon,
+STEPS: dict[str, Callable[[dict[str, Any], list[Tensor], States], None]] = {
     "adamw": _step_adamw,
     "sgd": _step_sgd,
 }
+"""The algorithms that look at single elements, of which each rank updates its own."""

@@ -1,51 +1,185 @@
-"""Whole matrices from the blocks that ranks hold, and back.
-
-Newton-Schulz on a block alone would be another optimizer, one that depends on the layout.
-"""
+"""Blocks of matrices to their owners, and updates back: two all-to-alls per bucket."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nemo_like.optim.norm import local
+from nemo_like.optim.plan import Plan, Route
+
+Compute = Callable[[list[int], list[Tensor]], list[Tensor]]
+"""(numbers of matrices, the whole matrices) -> a whole matrix for each."""
 
 
-def on_whole_matrices(
-    blocks: Sequence[Tensor],
-    layouts: Sequence[Tensor],
-    compute: Callable[[list[Tensor]], list[Tensor]],
-) -> list[Tensor]:
-    """This rank's blocks of what `compute` makes of the whole matrices.
+class Exchange:
+    """The transport of one plan, as one rank sees it.
 
-    `blocks[i]` is this rank's part of a matrix that lies like `layouts[i]`. A collective when any
-    of those is a DTensor, whatever its placements; every rank gathers every matrix and computes the
-    same, on the device of the mesh: that of the result, wherever the blocks were.
+    `group` has the ranks of the plan, in their order; it is not used when nothing travels.
+    `wire_dtype` is the type in which blocks travel both ways, `device` where they are put together.
+
+    Raises:
+        RuntimeError: the ranks have made different plans.
     """
-    wholes = [_whole(block, layout) for block, layout in zip(blocks, layouts, strict=True)]
-    results = compute(wholes)
-    return [_block(result, layout) for result, layout in zip(results, layouts, strict=True)]
 
+    def __init__(
+        self,
+        plan: Plan,
+        group: dist.ProcessGroup | None,
+        *,
+        rank: int,
+        device: torch.device,
+        wire_dtype: torch.dtype,
+    ) -> None:
+        self._plan, self._group, self._device, self._dtype = plan, group, device, wire_dtype
+        self._buckets = [
+            _Bucket(
+                tuple(i for i in bucket if plan.owners[i] == rank),
+                _Leg.of(plan.gathering(bucket), plan.ranks, rank),
+                _Leg.of(plan.returning(bucket), plan.ranks, rank),
+            )
+            for bucket in plan.buckets
+        ]
+        if self._buckets:
+            _refuse_different_plans(plan, group)
 
-def _whole(block: Tensor, layout: Tensor) -> Tensor:
-    if not isinstance(layout, DTensor):
-        return block
-    return DTensor.from_local(
-        block,
-        layout.device_mesh,
-        layout.placements,
-        run_check=False,
-        shape=layout.shape,
-        stride=layout.stride(),
-    ).full_tensor()
+    def updates(
+        self, inputs: Callable[[Sequence[int]], Mapping[int, Tensor]], compute: Compute
+    ) -> Iterator[dict[int, Tensor]]:
+        """For each bucket this rank's blocks of what `compute` makes of the whole matrices.
 
+        `inputs` gives this rank's block of each matrix it is asked for. While a bucket is computed
+        the next one is on its way here, and the one before on its way back. A collective: every
+        rank takes all that is yielded.
+        """
+        coming: _Transfer | None = None
+        returning: _Transfer | None = None
+        for bucket, following in zip(self._buckets, [*self._buckets[1:], None], strict=True):
+            coming = coming or self._send_to_owners(bucket, inputs)
+            blocks = coming.wait()
+            coming = self._send_to_owners(following, inputs) if following else None
+            outgoing = self._send_back(bucket, compute, blocks)
+            if returning:
+                yield returning.by_matrix()
+            returning = outgoing
+        if returning:
+            yield returning.by_matrix()
 
-def _block(whole: Tensor, layout: Tensor) -> Tensor:
-    if not isinstance(layout, DTensor):
+    def _send_to_owners(
+        self, bucket: _Bucket, inputs: Callable[[Sequence[int]], Mapping[int, Tensor]]
+    ) -> _Transfer:
+        own = inputs(list(dict.fromkeys(route.matrix for route in bucket.there.outgoing)))
+        return self._start(bucket.there, [own[route.matrix] for route in bucket.there.outgoing])
+
+    def _send_back(self, bucket: _Bucket, compute: Compute, blocks: list[Tensor]) -> _Transfer:
+        whole = self._assembled(bucket.there.incoming, blocks)
+        results = compute(list(bucket.owned), [whole[i] for i in bucket.owned])
+        done = dict(zip(bucket.owned, results, strict=True))
+        return self._start(bucket.back, [_region(done[r.matrix], r) for r in bucket.back.outgoing])
+
+    def _assembled(self, routes: Sequence[Route], blocks: list[Tensor]) -> dict[int, Tensor]:
+        """Whole matrices from all of their blocks."""
+        whole: dict[int, Tensor] = {}
+        for route, block in zip(routes, blocks, strict=True):
+            shape = self._plan.matrices[route.matrix].shape
+            if block.shape == shape:
+                whole[route.matrix] = block
+            elif route.matrix not in whole:
+                whole[route.matrix] = block.new_empty(shape)
+        parts = [(r, b) for r, b in zip(routes, blocks, strict=True) if whole[r.matrix] is not b]
+        if parts:
+            torch._foreach_copy_(
+                [_region(whole[route.matrix], route) for route, _ in parts],
+                [block for _, block in parts],
+            )
         return whole
-    # With no source rank every rank cuts its own block, without communication.
-    return local(
-        distribute_tensor(whole, layout.device_mesh, layout.placements, src_data_rank=None)
-    )
+
+    def _start(self, leg: _Leg, blocks: list[Tensor]) -> _Transfer:
+        """Pack the outgoing blocks of a leg and send them off."""
+        sent = torch.empty(sum(leg.sent), dtype=self._dtype, device=self._device)
+        received = torch.empty(sum(leg.received), dtype=self._dtype, device=self._device)
+        if blocks:
+            torch._foreach_copy_(_boxes(sent, leg.outgoing), blocks)
+        work = dist.all_to_all_single(
+            received, sent, list(leg.received), list(leg.sent), group=self._group, async_op=True
+        )
+        return _Transfer(work, sent, received, leg)
+
+
+@dataclass(frozen=True)
+class _Leg:
+    """One all-to-all: what this rank sends and gets, in the order of the other ranks."""
+
+    outgoing: list[Route]
+    incoming: list[Route]
+    sent: list[int]
+    received: list[int]
+
+    @classmethod
+    def of(cls, routes: Sequence[Route], ranks: Sequence[int], rank: int) -> _Leg:
+        by_target: dict[int, list[Route]] = {other: [] for other in ranks}
+        by_source: dict[int, list[Route]] = {other: [] for other in ranks}
+        for route in routes:
+            if route.source == rank:
+                by_target[route.target].append(route)
+            if route.target == rank:
+                by_source[route.source].append(route)
+        return cls(
+            outgoing=[route for part in by_target.values() for route in part],
+            incoming=[route for part in by_source.values() for route in part],
+            sent=[sum(route.block.numel for route in part) for part in by_target.values()],
+            received=[sum(route.block.numel for route in part) for part in by_source.values()],
+        )
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """One rank's part in one bucket: the matrices it owns, and both of their ways."""
+
+    owned: tuple[int, ...]
+    there: _Leg
+    back: _Leg
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """An all-to-all under way; it keeps what is being sent."""
+
+    work: dist.Work
+    sent: Tensor
+    received: Tensor
+    leg: _Leg
+
+    def wait(self) -> list[Tensor]:
+        """The incoming blocks, in the order of the leg."""
+        self.work.wait()
+        return _boxes(self.received, self.leg.incoming)
+
+    def by_matrix(self) -> dict[int, Tensor]:
+        """The incoming blocks by the number of their matrix."""
+        return {r.matrix: b for r, b in zip(self.leg.incoming, self.wait(), strict=True)}
+
+
+def _boxes(buffer: Tensor, routes: Sequence[Route]) -> list[Tensor]:
+    """The blocks that lie one after the other in a buffer."""
+    parts = buffer.split([route.block.numel for route in routes])
+    return [part.view(r.block.shape) for part, r in zip(parts, routes, strict=False)]
+
+
+def _region(whole: Tensor, route: Route) -> Tensor:
+    """The part of a matrix that a block covers."""
+    (row, column), (rows, columns) = route.block.offset, route.block.shape
+    return whole[row : row + rows, column : column + columns]
+
+
+def _refuse_different_plans(plan: Plan, group: dist.ProcessGroup | None) -> None:
+    digests: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(digests, plan.digest(), group=group)
+    if len(set(digests)) > 1:
+        raise RuntimeError(
+            f"ranks {list(plan.ranks)} would exchange different matrices (plans {digests}); each "
+            "must build the optimizer of the same parameters in the same order"
+        )

@@ -1,99 +1,357 @@
-"""Muon's update rule: momentum, orthogonalised, scaled by shape."""
+"""Muon's update rule: momentum, orthogonalised, scaled by shape; on one rank or on many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from nemo_like.config.optimizer import CoefficientType, ScaleMode
-from nemo_like.optim.exchange import on_whole_matrices
-from nemo_like.optim.newton_schulz import coefficients, polar
+from nemo_like.config.optimizer import ScaleMode
+from nemo_like.optim.diagnostics import sizes, spectrum
+from nemo_like.optim.exchange import Exchange
+from nemo_like.optim.layout import Layout
+from nemo_like.optim.newton_schulz import Polynomial, coefficients, polar
 from nemo_like.optim.norm import local
+from nemo_like.optim.plan import make_plan
 from nemo_like.optim.scale import scale_factor
+from nemo_like.optim.views import View
 
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
-"""Elements that go through Newton-Schulz together: what fits the cache, or what fills the GPU."""
+CACHED_ELEMENTS, FILLING_ELEMENTS = 2**19, 2**26
+"""Elements that go through Newton-Schulz together: what fits a CPU's cache, what fills a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class MuonRule:
-    """The settings of the rule that do not change during a run."""
+    """The settings of the rule that do not change during a run.
+
+    Blocks travel in `wire_dtype` (None: bf16 if Newton-Schulz is in bf16, else the type of the
+    weights). A matrix that stays on one rank is rounded in the same way, so that the layout of a
+    run does not change its numbers.
+    """
 
     momentum: float = 0.95
     nesterov: bool = False
     scale_mode: ScaleMode = "spectral"
     extra_scale_factor: float = 0.2
-    coefficient_type: CoefficientType = "quintic"
-    ns_steps: int = 5
+    polynomials: tuple[Polynomial, ...] = coefficients("quintic", 5)
     ns_dtype: torch.dtype = torch.bfloat16
+    wire_dtype: torch.dtype | None = None
+    bucket_bytes: float = 64e6
+    zero_grad: Literal["skip", "always"] = "skip"
 
-    def __post_init__(self) -> None:
-        coefficients(self.coefficient_type, self.ns_steps)
+    def scale(self, rows: int, columns: int) -> float:
+        """The factor of the orthogonal update of a matrix of this shape."""
+        return self.extra_scale_factor * scale_factor(self.scale_mode, rows, columns)
 
-    def orthogonalized(self, matrices: list[Tensor]) -> list[Tensor]:
-        """The polar factors of whole matrices of one shape, in `ns_dtype`."""
-        stacked = matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(matrices)
-        return list(
-            polar(
-                stacked,
-                rows=coefficients(self.coefficient_type, self.ns_steps),
-                dtype=self.ns_dtype,
-            ).unbind()
-        )
+    def wire(self, weights: torch.dtype) -> torch.dtype:
+        """The type in which blocks of weights of this type travel."""
+        if self.wire_dtype is not None:
+            return self.wire_dtype
+        return torch.bfloat16 if self.ns_dtype == torch.bfloat16 else weights
 
-    def scale(self, shape: torch.Size) -> float:
-        """The factor of the orthogonal update of a matrix, or of each matrix of a stack."""
-        return self.extra_scale_factor * scale_factor(self.scale_mode, shape[-2], shape[-1])
 
-    def step(
+class Muon:
+    """The rule, applied to parameters that the same ranks hold.
+
+    Parameters may be DTensors of any placements; a stack of matrices is taken apart, a packed one
+    cut as its view says. Making a Muon is a collective when matrices travel, and so is each step.
+    """
+
+    def __init__(
         self,
-        parameters: Sequence[Tensor],
-        momenta: Sequence[Tensor],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> list[Tensor]:
-        """The norm of this rank's part of each update, for a learning rate of one, once applied.
+        rule: MuonRule,
+        named: Sequence[tuple[str, Tensor]],
+        views: Sequence[View],
+        layouts: Sequence[Layout],
+    ) -> None:
+        self.names, parameters = zip(*named, strict=True)
+        self.rule, self.parameters, self._views = rule, parameters, views
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._device = _compute_device(parameters[0])
+        self._wire = rule.wire(parameters[0].dtype)
+        self.plan = make_plan(
+            layouts,
+            views,
+            steps=len(rule.polynomials),
+            bucket_elements=rule.bucket_bytes / self._wire.itemsize,
+        )
+        self._pieces = list(self._pieces_here(layouts))
+        self._chunks = list(self._chunks_at_home())
+        self._travelling = [i for bucket in self.plan.buckets for i in bucket]
+        self._group = _group_of(self.plan.ranks, parameters[0]) if self._travelling else None
+        self._exchange = Exchange(
+            self.plan, self._group, rank=self._rank, device=self._device, wire_dtype=self._wire
+        )
+        self._last: _Step | None = None
+
+    @torch.no_grad()
+    def step(
+        self, momenta: Sequence[Tensor], *, lr: float, weight_decay: float, watch: bool = False
+    ) -> None:
+        """One update of every matrix that has a gradient on some rank.
 
         Momentum is an average, M <- mu M + (1 - mu) G; the accumulated form M <- mu M + G gives the
         same direction. Nesterov looks ahead to mu M + (1 - mu) G once more. Weight decay is
         decoupled and goes by the plain learning rate, not by the one that the scale makes of it.
-        Gradients are only read.
+        Gradients are only read. A matrix whose gradient is zero on all ranks stays as it is,
+        momentum included, unless the rule says otherwise. `watch` prepares `observed`.
 
         Source: Jordan et al., https://kellerjordan.github.io/posts/muon/, and `torch.optim.Muon`.
         Changed: the gradient is not overwritten by Nesterov's look-ahead, the momentum not by
-        Newton-Schulz.
+        Newton-Schulz; a zero gradient moves nothing.
         """
-        norms: list[Tensor] = []
-        for chunk in _chunks(parameters):
-            layouts = [parameters[i] for i in chunk]
-            weights = [local(p) for p in layouts]
-            gradients = [local(p.grad) for p in layouts if p.grad is not None]
-            buffers = [local(momenta[i]) for i in chunk]
-            torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
-            ahead = buffers
-            if self.nesterov:
-                ahead = list(torch._foreach_lerp(gradients, buffers, self.momentum))
-            blocks = on_whole_matrices(ahead, layouts, self.orthogonalized)
-            # Of weights that are kept on the CPU the exchange returns blocks on the GPU.
-            updates = [block.to(w) for block, w in zip(blocks, weights, strict=True)]
-            factor = self.scale(layouts[0].shape)
-            if weight_decay:
-                torch._foreach_mul_(weights, 1 - lr * weight_decay)
-            torch._foreach_add_(weights, updates, alpha=-lr * factor)
-            norms += torch._foreach_mul(torch._foreach_norm(updates), factor)
-        return norms
+        now = _Step(
+            self.rule,
+            lr,
+            weight_decay,
+            weights=self._here(self.parameters),
+            momenta=self._here(momenta),
+            gradients=self._here([p.grad for p in self.parameters]),
+            spectra={} if watch else None,
+        )
+        self._last = now
+        orthogonalize = partial(self._orthogonalized, now)
+        for chunk in self._chunks:
+            present = [i for i in chunk if i in now.gradients]
+            if present:
+                now.active.update(
+                    zip(present, now.signals(present, self._device).unbind(), strict=True)
+                )
+                ahead = now.average(present)
+                updates = orthogonalize(present, [ahead[i] for i in present])
+                now.apply(dict(zip(present, updates, strict=True)))
+        if self._travelling:
+            signals = now.signals(self._travelling, self._device)
+            dist.all_reduce(signals, dist.ReduceOp.MAX, group=self._group)
+            now.activate(self._travelling, signals)
+            for returned in self._exchange.updates(now.average, orthogonalize):
+                now.apply(returned)
+
+    @torch.no_grad()
+    def observed(self) -> tuple[float, Tensor]:
+        """Learning rate of the last step, and what it did if it was watched, the same on all ranks.
+
+        There is a row per matrix of the plan. Its columns are the sum of squares of the update (for
+        a learning rate of one), effective rank and orthogonality error (see `spectrum`; of a packed
+        matrix the mean over its parts), the sum of squares of the weight, and whether the matrix
+        moved (1) or not (0, and so is the rest). A collective when matrices travel.
+
+        Shapes: [matrices, 5], fp64.
+        """
+        now = self._last
+        assert now is not None and now.spectra is not None, "watch a step first"
+        table = torch.zeros(len(self.plan.matrices), 5, dtype=torch.float64, device=self._device)
+        for number, rows in now.spectra.items():
+            seen = torch.cat(rows)
+            table[number, 0], table[number, 1:3] = seen[:, 0].sum(), seen[:, 1:].mean(0)
+            table[number, 4] = now.active[number]
+        for number, weight in now.weights.items():
+            blocks = self.plan.matrices[number].blocks
+            copies = next(len(b.holders) for b in blocks if self._rank in b.holders)
+            table[number, 3] = weight.norm().double().square() / copies
+        if self._travelling:
+            dist.all_reduce(table, group=self._group)
+        return now.lr, table * table[:, 4:]
+
+    def _orthogonalized(
+        self, now: _Step, numbers: Sequence[int], wholes: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The updates of whole matrices, for a learning rate of one; equal shapes go together."""
+        views = [self._views[self.plan.matrices[number].parameter] for number in numbers]
+        stacks = [
+            view.split(whole.to(self._device, self._wire))
+            for view, whole in zip(views, wholes, strict=True)
+        ]
+        by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
+        for position, parts in enumerate(stacks):
+            for k, part in enumerate(parts):
+                by_shape[part.shape[-2:]].append((position, k))
+        for places in by_shape.values():
+            for chunk in _chunks(places, [stacks[i][k].numel() for i, k in places], self._device):
+                parts = [stacks[i][k] for i, k in chunk]
+                X = parts[0] if len(parts) == 1 else torch.cat(parts)
+                counts = [len(part) for part in parts]
+                kept = [now.active[numbers[i]] for i, _ in chunk]
+                gain = self.rule.scale(*X.shape[-2:])
+                update = polar(
+                    X,
+                    rows=self.rule.polynomials,
+                    dtype=self.rule.ns_dtype,
+                    gain=gain,
+                    keep=torch.cat([k.expand(n) for k, n in zip(kept, counts, strict=True)]) > 0,
+                )
+                if now.spectra is not None:
+                    rows = spectrum(X, update, gain).split(counts)
+                    for (i, _), row in zip(chunk, rows, strict=True):
+                        now.spectra.setdefault(numbers[i], []).append(row)
+                for (i, k), part in zip(chunk, update.to(self._wire).split(counts), strict=True):
+                    stacks[i][k] = part
+        return [
+            view.merge(parts, whole.shape)
+            for view, parts, whole in zip(views, stacks, wholes, strict=True)
+        ]
+
+    def _here(self, tensors: Sequence[Tensor | None]) -> dict[int, Tensor]:
+        """This rank's block of each matrix it holds a part of, of tensors laid out alike."""
+        own = [None if tensor is None else local(tensor) for tensor in tensors]
+        return {
+            number: stack[index]
+            for number, parameter, index in self._pieces
+            if (stack := own[parameter]) is not None
+        }
+
+    def _pieces_here(self, layouts: Sequence[Layout]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """(matrix, parameter, where it is in this rank's part of a stack) of what is held here."""
+        origins = [
+            next((block.offset for block in layout.blocks if self._rank in block.holders), None)
+            for layout in layouts
+        ]
+        for number, matrix in enumerate(self.plan.matrices):
+            if any(self._rank in block.holders for block in matrix.blocks):
+                origin = origins[matrix.parameter]
+                assert origin is not None
+                index = tuple(i - o for i, o in zip(matrix.index, origin, strict=False))
+                yield number, matrix.parameter, index
+
+    def _chunks_at_home(self) -> Iterator[list[int]]:
+        """The matrices that stay on this rank, equal shapes together."""
+        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number in self.plan.at_home:
+            if self.plan.owners[number] == self._rank:
+                by_shape[self.plan.matrices[number].shape].append(number)
+        for numbers in by_shape.values():
+            sizes = [self.plan.matrices[number].numel for number in numbers]
+            yield from _chunks(numbers, sizes, self._device)
 
 
-def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Positions of parameters of one shape, to be updated together; the same on every rank."""
-    by_shape: dict[tuple[torch.Size, torch.device], list[int]] = {}
-    for i, parameter in enumerate(parameters):
-        by_shape.setdefault((parameter.shape, parameter.device), []).append(i)
-    for (shape, device), positions in by_shape.items():
-        size = max(1, CHUNK_ELEMENTS[device.type] // shape.numel())
-        for start in range(0, len(positions), size):
-            yield positions[start : start + size]
+def observations(muons: Sequence[Muon]) -> dict[str, Tensor]:
+    """What a watched step did, as metrics: over all matrices, and by kind of matrix (`q_proj`)."""
+    matrices = [(muon.names[m.parameter], m.numel) for muon in muons for m in muon.plan.matrices]
+    kinds = [kind_of(name) for name, _ in matrices]
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    (lr, *_), tables = zip(*[muon.observed() for muon in muons], strict=True)
+    rows = torch.cat(tables)
+    numel = rows.new_tensor([count for _, count in matrices])
+    index = torch.tensor([numbers[kind] for kind in kinds], device=rows.device)
+    rows = torch.cat([rows, numel[:, None] * rows[:, 4:]], dim=1)
+    by_kind = rows.new_zeros(len(numbers), rows.shape[1]).index_add_(0, index, rows)
+    update, rank, error, weights, moved, count = torch.cat([rows.sum(0)[None], by_kind]).unbind(1)
+    found = sizes("muon", lr, update=update[0], weights=weights[0], count=count[0])
+    for i, kind in enumerate(numbers, start=1):
+        prefix = f"muon/{kind}"
+        found |= sizes(prefix, lr, update=update[i], weights=weights[i], count=count[i])
+        found[f"{prefix}/effective_rank"] = rank[i] / moved[i]
+        found[f"{prefix}/orthogonality_error"] = error[i] / moved[i]
+    return found
+
+
+def kind_of(name: str) -> str:
+    """What matrices of different layers have in common: `experts.up_proj`, `q_proj`."""
+    parts = [part for part in name.split(".") if part != "weight" and not part.isdigit()]
+    return ".".join(parts[-2:] if "experts" in parts[-2:] else parts[-1:])
+
+
+@dataclass(slots=True)
+class _Step:
+    """One step of the rule on this rank's blocks, by the number of the matrix."""
+
+    rule: MuonRule
+    lr: float
+    weight_decay: float
+    weights: dict[int, Tensor]
+    momenta: dict[int, Tensor]
+    gradients: dict[int, Tensor]
+    spectra: dict[int, list[Tensor]] | None
+    """What `spectrum` says of the matrices computed here, if the step is watched."""
+    active: dict[int, Tensor] = field(default_factory=dict)
+    """1 for a matrix that moves, 0 for one that stays; on the device, which is not waited for."""
+
+    def signals(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """Which matrices have reason to move, as this rank knows. Shapes: [len(numbers)], fp32."""
+        found = []
+        for gradient in map(self.gradients.get, numbers):
+            if gradient is None:
+                found.append(torch.zeros((), device=device))
+            elif self.rule.zero_grad == "always":
+                found.append(torch.ones((), device=device))
+            else:  # NaN, too, is not zero
+                found.append((gradient.abs().amax() != 0).to(device, torch.float32))
+        return torch.stack(found)
+
+    def activate(self, numbers: Sequence[int], signals: Tensor) -> None:
+        """Take these signals for what all ranks agree on."""
+        self.active.update(zip(numbers, signals.unbind(), strict=True))
+
+    def average(self, numbers: Sequence[int]) -> dict[int, Tensor]:
+        """Move the momentum of these matrices; what is to be orthogonalised."""
+        if not numbers:
+            return {}
+        buffers = [self.momenta[i] for i in numbers]
+        gradients = [
+            self.gradients[i] if i in self.gradients else torch.zeros_like(self.momenta[i])
+            for i in numbers
+        ]
+        rates = self._factors(numbers, 0.0, 1 - self.rule.momentum)
+        torch._foreach_lerp_(buffers, gradients, rates)
+        if self.rule.nesterov:
+            buffers = list(torch._foreach_lerp(gradients, buffers, self.rule.momentum))
+        return dict(zip(numbers, buffers, strict=True))
+
+    def apply(self, updates: Mapping[int, Tensor]) -> None:
+        """Decay the weights of these matrices and take their updates off."""
+        if not updates:
+            return
+        weights = [self.weights[i] for i in updates]
+        if self.weight_decay:
+            decays = self._factors(list(updates), 1.0, -self.lr * self.weight_decay)
+            torch._foreach_mul_(weights, decays)
+        # Of weights that are kept on the CPU the updates come from the GPU.
+        steps = [update.to(w.device) for update, w in zip(updates.values(), weights, strict=True)]
+        torch._foreach_add_(weights, steps, alpha=-self.lr)
+
+    def _factors(self, numbers: Sequence[int], base: float, factor: float) -> list[Tensor]:
+        """`base + factor * active` for each matrix, where and in the type its weight is."""
+        like = self.weights[numbers[0]]
+        active = torch.stack([self.active[i] for i in numbers]).double()
+        return list((base + factor * active).to(like.device, like.dtype).unbind())
+
+
+def _compute_device(parameter: Tensor) -> torch.device:
+    """Where Newton-Schulz runs: the mesh's device, also for weights that are kept on the CPU."""
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
+
+
+def _group_of(ranks: Sequence[int], parameter: Tensor) -> dist.ProcessGroup | None:
+    """The process group of exactly these ranks; None is that of all."""
+    if len(ranks) == dist.get_world_size():
+        return None
+    if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
+        return parameter.device_mesh.get_group()
+    return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+T = TypeVar("T")
+
+
+def _chunks(items: Sequence[T], sizes: Sequence[int], device: torch.device) -> Iterator[list[T]]:
+    """Items in order, as many together as are worth computing together."""
+    limit = CACHED_ELEMENTS if device.type == "cpu" else FILLING_ELEMENTS
+    chunk: list[T] = []
+    elements = 0
+    for item, size in zip(items, sizes, strict=True):
+        if chunk and elements + size > limit:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(item)
+        elements += size
+    if chunk:
+        yield chunk

@@ -16,6 +16,7 @@ from nemo_like.errors import NemoLikeError
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Table, ownership_table
 from nemo_like.optim.routing import Owner, embedding_names
+from nemo_like.optim.views import attention_shape
 from nemo_like.run.build import parallel_sizes
 
 STATE_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
@@ -53,7 +54,10 @@ def _rows(policy: PolicyConfig) -> Iterable[Owner]:
     hf_config = load_hf_config(folder, policy.hf_config_overrides)
     model = new_hf_model(hf_config, device="meta")
     _, routing = build_optimizer(
-        named_parameters(model), policy.active_optimizer, embeddings=embedding_names(model)
+        named_parameters(model),
+        policy.active_optimizer,
+        embeddings=embedding_names(model),
+        attention=attention_shape(hf_config),
     )
     return routing.rows
 

@@ -87,7 +87,8 @@ def train(net: Net, optimizer, steps=range(STEPS)) -> list[float]:
     norms = []
     for step in steps:
         backward(net, step)
-        norms.append(clip_gradients(net.parameters(), MAX_NORM))
+        optimizer.watch = True
+        norms.append(clip_gradients(optimizer.param_groups, MAX_NORM))
         optimizer.step()
     return norms
 
@@ -138,7 +139,7 @@ def count_reductions() -> int:
     net = build_net("fsdp2_tp2")
     backward(net, 0)
     with CommDebugMode() as counted:
-        clip_gradients(net.parameters(), None)
+        clip_gradients([{"params": list(net.parameters())}], None)
     return counted.get_total_counts()
 
 
@@ -153,7 +154,7 @@ def refuse_partial() -> str:
     p = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     p.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
     try:
-        clip_gradients([p], 1.0)
+        clip_gradients([{"params": [p]}], 1.0)
     except ValueError as error:
         return str(error)
     return "accepted"

@@ -25,6 +25,7 @@ from nemo_like.errors import ConfigError
 from nemo_like.ops.packing import rows_of
 from nemo_like.optim.build import build_optimizer
 from nemo_like.optim.routing import embedding_names
+from nemo_like.optim.views import attention_shape
 from nemo_like.types import MicroBatch, TrainBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,6 +50,8 @@ class DTensorBackend(RankBackend):
             models.named_parameters(model),
             policy.active_optimizer,
             embeddings=embedding_names(model.hf),
+            attention=attention_shape(model.hf.config),
+            mesh=self.mesh,
         )
         super().__init__(
             model=model,

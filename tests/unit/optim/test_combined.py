@@ -226,6 +226,7 @@ def test_metrics_tell_the_size_of_the_update_of_each_half():
     before = {n: p.detach().clone() for n, p in parameters.items()}
     optimizer = build(parameters, optimizer="muon", lr=0.01, weight_decay=0.0, **EXACT)
     assert optimizer.metrics() == {}
+    optimizer.watch = True
     train(optimizer, list(parameters.values()), range(1))
     metrics = optimizer.metrics()
     for half, names in (("muon", ("a.weight", "experts")), ("adamw", ("embed.weight", "norm"))):
@@ -243,6 +244,7 @@ def test_metrics_count_what_was_stepped_with_the_rate_it_was_stepped_with(name):
     train(optimizer, list(parameters.values()), range(3))
     before = parameters["a"].detach().clone()
     parameters["b"].grad = None
+    optimizer.watch = True
     optimizer.step()
     for group in optimizer.param_groups:
         group["lr"] = 7.0
