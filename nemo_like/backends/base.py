@@ -142,9 +142,10 @@ class RankBackend(ABC):
                 self.optimizer.param_groups, self.policy.active_max_grad_norm
             )
             values = torch.stack(shares).tolist() if shares else []
-            if self._is_finite(values, grad_norm):
+            finite = self._is_finite(values, grad_norm)
+            self.optimizer.watch = finite and self._is_watched()
+            if finite:
                 self._schedule.apply(self.optimizer, self.step)
-                self.optimizer.watch = self._is_watched(self.step)
                 self.optimizer.step()
             else:
                 self._skip_or_raise(values, grad_norm)
@@ -210,6 +211,11 @@ class RankBackend(ABC):
             dist.all_reduce(flag, dist.ReduceOp.MIN)
             finite = bool(flag)
         return finite
+
+    def _is_watched(self) -> bool:
+        """Whether the optimizer's metrics are wanted of this step: of Muon they cost something."""
+        optimizer = self.policy.active_optimizer
+        return not optimizer.is_muon or self.step % optimizer.muon_log_every == 0
 
     def _skip_or_raise(self, shares: list[float], grad_norm: float) -> None:
         """Count the step as skipped, or say where the first bad value arose."""
