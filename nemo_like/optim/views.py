@@ -145,9 +145,9 @@ GROUPED_QKV = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}
 PACKED_GATE_UP = r"(^|\.)(gate_up_proj|shared_mlp\.input_linear)(\.weight)?$"
 """Names of [gate; up], or of [up; gate]: to be cut in halves the order is all the same."""
 
-_EXPERTS = r"\.experts\.(gate_up_proj|down_proj)$"
+_EXPERTS = r"(^|\.)experts\.(gate_up_proj|down_proj)$"
 STORED_IN_OUT = {
-    "gpt2": r"\.(c_attn|c_proj|c_fc)\.weight$",
+    "gpt2": r"(^|\.)(c_attn|c_proj|c_fc)\.weight$",
     "gpt_oss": _EXPERTS,
     "openai_privacy_filter": _EXPERTS,
     "llama4": _EXPERTS,
