@@ -66,12 +66,24 @@ def layout_on(shape: Sequence[int], mesh: Tensor, placements: Sequence[Placement
                 int(mesh[coordinate])
             )
     blocks = tuple(Block(o, s, tuple(sorted(ranks))) for (o, s), ranks in holders.items())
-    if sum(block.numel for block in blocks) != math.prod(shape):
+    if not _is_grid(shape, blocks):
         raise ValueError(
             f"placements {tuple(placements)} on a mesh of {tuple(mesh.shape)} cut a tensor of "
             f"{tuple(shape)} into shards that are no boxes, expected contiguous ones"
         )
     return Layout(tuple(shape), blocks, tuple(sorted(mesh.flatten().tolist())))
+
+
+def _is_grid(shape: Sequence[int], blocks: Sequence[Block]) -> bool:
+    """Whether blocks are all the boxes of a grid: each element in one of them, and in one only."""
+    number = 1
+    for dim, length in enumerate(shape):
+        intervals = sorted({(block.offset[dim], block.shape[dim]) for block in blocks})
+        ends = [start + size for start, size in intervals]
+        if [start for start, _ in intervals] != [0, *ends[:-1]] or ends[-1:] != [length]:
+            return False
+        number *= len(intervals)
+    return number == len(blocks)
 
 
 def layout_of(tensor: Tensor, over: DeviceMesh | None = None) -> Layout:
