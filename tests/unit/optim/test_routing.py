@@ -6,6 +6,7 @@ from torch import nn
 
 from nemo_like.errors import ConfigError
 from nemo_like.optim.routing import embedding_names, route
+from nemo_like.optim.views import WHOLE, View
 
 
 def parameter(*shape: int, trainable: bool = True) -> nn.Parameter:
@@ -25,6 +26,10 @@ HIDDEN = [
     "decoder.layers.3.mlp.linear_fc1.weight",
     "transformer.h.0.attn.c_attn.weight",
     "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+    "model.layers.0.conv.in_proj.weight",
+    "model.layers.0.per_layer_input_gate.weight",
+    "decoder.layers.0.mlp.experts.linear_fc1.weight2",
+    "encoder.layers.0.pre_encoder.proj.weight",
 ]
 ELSEWHERE = [
     "model.embed_tokens.weight",
@@ -35,6 +40,15 @@ ELSEWHERE = [
     "embedding.position_embeddings.weight",
     "encoder.pos_embed",
     "score.weight",
+    "head.weight",
+    "encoder.blocks.0.attn.rel_pos_h",
+    "vision.position_embedding_table",
+    "layers.0.relative_position_bias_table",
+    "resampler.latents",
+    "bridge.query_tokens",
+    "decoder.layers.0.mlp.experts.weight1",
+    "transformer.blocks.0.ffn.experts.mlp.w1",
+    "visual.conv1.weight",
     "model.layers.0.mlp.gate.weight",
     "model.layers.0.block_sparse_moe.gate.weight",
     "model.layers.0.mlp.router.weight",
@@ -66,6 +80,74 @@ def test_a_tensor_that_is_no_matrix_goes_to_adamw(shape):
 
 def test_a_stack_of_experts_goes_to_muon():
     assert owner("model.layers.0.mlp.experts.gate_up_proj", 4, 8, 6) == "muon"
+
+
+def test_a_router_is_called_one_though_it_classifies():
+    (row,) = route([("mlp.router.classifier.weight", parameter(8, 6))], "muon").rows
+    assert row.reason == "router"
+
+
+# Of models of transformers: whose parameters are not what their names make one think.
+DOUBTFUL = {
+    "qwen3_moe": {"mlp.gate.weight": "adamw", "experts.gate_up_proj": "muon"},
+    "qwen3_next": {
+        "mlp.shared_expert_gate.weight": "adamw",
+        "linear_attn.conv1d.weight": "adamw",
+        "linear_attn.in_proj_qkvz.weight": "muon",
+    },
+    "gpt_oss": {
+        "mlp.router.weight": "adamw",
+        "experts.gate_up_proj_bias": "adamw",
+        "experts.down_proj": "muon",
+    },
+    "deepseek_v3": {
+        "self_attn.kv_b_proj.weight": "muon",
+        "mlp.gate_proj.weight": "muon",
+    },
+    "lfm2": {"conv.conv.weight": "adamw", "conv.in_proj.weight": "muon"},
+    "mamba": {
+        "mixer.A_log": "adamw",
+        "mixer.conv1d.weight": "adamw",
+        "mixer.in_proj.weight": "muon",
+    },
+    "longcat_flash": {"router.classifier.weight": "adamw", "self_attn.0.q_b_proj.weight": "muon"},
+    "rwkv": {"head.weight": "adamw", "time_mix_key": "adamw", "attention.key.weight": "muon"},
+    "gpt2": {"wpe.weight": "adamw", "attn.c_attn.weight": "muon"},
+    "opt": {"decoder.embed_positions.weight": "adamw", "fc1.weight": "muon"},
+}
+SMALL = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize("family", DOUBTFUL)
+def test_real_models_are_divided_by_what_their_parameters_are(family):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    more = {"layer_types": ["conv", "full_attention"]} if family == "lfm2" else {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL, **more))
+    rows = route(model.named_parameters(), "muon", embeddings=embedding_names(model)).rows
+    found = {
+        ending: {row.optimizer for row in rows if row.name.endswith(ending)}
+        for ending in DOUBTFUL[family]
+    }
+    assert found == {ending: {owner} for ending, owner in DOUBTFUL[family].items()}
+    assert not [row.name for row in rows if row.optimizer == "muon" and 37 in row.shape]
+
+
+def test_a_row_says_how_muon_cuts_its_tensor_and_a_checkpoint_does_not():
+    halves = View(sizes=(4, 4), label="gate and up apart")
+    named = [("a.weight", parameter(8, 6)), ("b.bias", parameter(8))]
+    first, second = (routing := route(named, "muon", view=lambda names, shape: halves)).rows
+    assert (first.view, first.reason) == (halves, "hidden matrix: gate and up apart")
+    assert (second.view, second.reason) == (WHOLE, "one-dimensional")
+    assert "view" not in routing.to_json()[0]
 
 
 def test_a_tied_parameter_is_claimed_once_and_judged_by_all_its_names():
