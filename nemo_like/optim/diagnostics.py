@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from time import perf_counter
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
+
+FEW_BUCKETS = 8
+"""So many have metrics of their own."""
+
+Phase = Literal["there", "compute", "back"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+Mark = float | torch.cuda.Event
+Timed = Callable[[int, Phase], AbstractContextManager[None]]
+"""(number of a bucket, what happens to it) -> a context in which that happens, once."""
 
 
 def spectrum(X: Tensor, update: Tensor, gain: float) -> Tensor:
@@ -42,3 +56,73 @@ def sizes(
         f"{prefix}/update_rms": lr * (update / count).sqrt(),
         f"{prefix}/update_to_weight": lr * (update / weights).sqrt(),
     }
+
+
+def transport(
+    megabytes: Sequence[float], milliseconds: Tensor, imbalance: float
+) -> dict[str, Tensor]:
+    """What it took to bring matrices to their owners, computing there, and back, as metrics.
+
+    Nothing where there are no buckets; of single buckets only where they are few.
+
+    Shapes: megabytes [buckets]; milliseconds [buckets, 3], columns in the order of `Phase`.
+    """
+    if not megabytes:
+        return {}
+    sent = milliseconds.new_tensor(megabytes)
+    there, compute, back = milliseconds.unbind(1)
+    found = {
+        "muon/owner_imbalance": milliseconds.new_tensor(imbalance),
+        "muon/exchange_mb": sent.sum(),
+        "muon/exchange_wait_ms": (there + back).sum(),
+        "muon/newton_schulz_ms": compute.sum(),
+        "muon/slowest_bucket_ms": milliseconds.sum(1).max(),
+    }
+    if len(megabytes) <= FEW_BUCKETS:
+        for i, row in enumerate(milliseconds):
+            found |= {f"muon/bucket{i}/mb": sent[i], f"muon/bucket{i}/ms": row.sum()}
+    return found
+
+
+def untimed(bucket: int, phase: Phase) -> AbstractContextManager[None]:
+    """Nothing is measured."""
+    return nullcontext()
+
+
+class Stopwatch:
+    """Milliseconds of each phase of each bucket: of the transfers, those that were waited for.
+
+    On a GPU it measures the stream, not the program, and waits for nothing before `table`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: list[tuple[int, Phase, Mark, Mark]] = []
+
+    @contextmanager
+    def __call__(self, bucket: int, phase: Phase) -> Iterator[None]:
+        """Time spent inside is booked."""
+        start = self._now()
+        yield
+        self._spans.append((bucket, phase, start, self._now()))
+
+    def table(self, buckets: int) -> Tensor:
+        """What was measured. Shapes: [buckets, 3], fp64, columns in the order of `Phase`."""
+        table = torch.zeros(buckets, 3, dtype=torch.float64)
+        for bucket, phase, start, end in self._spans:
+            table[bucket, PHASES.index(phase)] = _milliseconds(start, end)
+        return table.to(self._device)
+
+    def _now(self) -> Mark:
+        if self._device.type != "cuda":
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def _milliseconds(start: Mark, end: Mark) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        return 1e3 * (end - start)  # type: ignore[operator]
+    end.synchronize()
+    return float(start.elapsed_time(end))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_like.optim.diagnostics import Timed, untimed
 from nemo_like.optim.plan import Plan, Route
 
 Compute = Callable[[list[int], list[Tensor]], list[Tensor]]
@@ -37,31 +39,36 @@ class Exchange:
         self._plan, self._group, self._device, self._dtype = plan, group, device, wire_dtype
         self._buckets = [
             _Bucket(
+                number,
                 tuple(i for i in bucket if plan.owners[i] == rank),
                 _Leg.of(plan.gathering(bucket), plan.ranks, rank),
                 _Leg.of(plan.returning(bucket), plan.ranks, rank),
             )
-            for bucket in plan.buckets
+            for number, bucket in enumerate(plan.buckets)
         ]
         if self._buckets:
             _refuse_different_plans(plan, group)
 
     def updates(
-        self, inputs: Callable[[Sequence[int]], Mapping[int, Tensor]], compute: Compute
+        self,
+        inputs: Callable[[Sequence[int]], Mapping[int, Tensor]],
+        compute: Compute,
+        timed: Timed = untimed,
     ) -> Iterator[dict[int, Tensor]]:
         """For each bucket this rank's blocks of what `compute` makes of the whole matrices.
 
-        `inputs` gives this rank's block of each matrix it is asked for. While a bucket is computed
-        the next one is on its way here, and the one before on its way back. A collective: every
-        rank takes all that is yielded.
+        `inputs` is asked once for this rank's block of each matrix that it holds a part of. While a
+        bucket is computed the next one is on its way here, and the one before on its way back.
+        `timed` is told what is waited for and what is computed. A collective: every rank takes all
+        that is yielded.
         """
         coming: _Transfer | None = None
         returning: _Transfer | None = None
         for bucket, following in zip(self._buckets, [*self._buckets[1:], None], strict=True):
-            coming = coming or self._send_to_owners(bucket, inputs)
+            coming = coming or self._send_to_owners(bucket, inputs, timed)
             blocks = coming.wait()
-            coming = self._send_to_owners(following, inputs) if following else None
-            outgoing = self._send_back(bucket, compute, blocks)
+            coming = self._send_to_owners(following, inputs, timed) if following else None
+            outgoing = self._send_back(bucket, compute, blocks, timed)
             if returning:
                 yield returning.by_matrix()
             returning = outgoing
@@ -69,16 +76,25 @@ class Exchange:
             yield returning.by_matrix()
 
     def _send_to_owners(
-        self, bucket: _Bucket, inputs: Callable[[Sequence[int]], Mapping[int, Tensor]]
+        self,
+        bucket: _Bucket,
+        inputs: Callable[[Sequence[int]], Mapping[int, Tensor]],
+        timed: Timed,
     ) -> _Transfer:
-        own = inputs(list(dict.fromkeys(route.matrix for route in bucket.there.outgoing)))
-        return self._start(bucket.there, [own[route.matrix] for route in bucket.there.outgoing])
+        # Of copies one is sent, but all of them go on.
+        own = inputs([route.matrix for route in bucket.back.incoming])
+        blocks = [own[route.matrix] for route in bucket.there.outgoing]
+        return self._start(bucket.there, blocks, timed(bucket.number, "there"))
 
-    def _send_back(self, bucket: _Bucket, compute: Compute, blocks: list[Tensor]) -> _Transfer:
-        whole = self._assembled(bucket.there.incoming, blocks)
-        results = compute(list(bucket.owned), [whole[i] for i in bucket.owned])
+    def _send_back(
+        self, bucket: _Bucket, compute: Compute, blocks: list[Tensor], timed: Timed
+    ) -> _Transfer:
+        with timed(bucket.number, "compute"):
+            whole = self._assembled(bucket.there.incoming, blocks)
+            results = compute(list(bucket.owned), [whole[i] for i in bucket.owned])
         done = dict(zip(bucket.owned, results, strict=True))
-        return self._start(bucket.back, [_region(done[r.matrix], r) for r in bucket.back.outgoing])
+        regions = [_region(done[route.matrix], route) for route in bucket.back.outgoing]
+        return self._start(bucket.back, regions, timed(bucket.number, "back"))
 
     def _assembled(self, routes: Sequence[Route], blocks: list[Tensor]) -> dict[int, Tensor]:
         """Whole matrices from all of their blocks."""
@@ -97,8 +113,10 @@ class Exchange:
             )
         return whole
 
-    def _start(self, leg: _Leg, blocks: list[Tensor]) -> _Transfer:
-        """Pack the outgoing blocks of a leg and send them off."""
+    def _start(
+        self, leg: _Leg, blocks: list[Tensor], timed: AbstractContextManager[None]
+    ) -> _Transfer:
+        """Pack the outgoing blocks of a leg and send them off; waiting will be `timed`."""
         sent = torch.empty(sum(leg.sent), dtype=self._dtype, device=self._device)
         received = torch.empty(sum(leg.received), dtype=self._dtype, device=self._device)
         if blocks:
@@ -106,7 +124,7 @@ class Exchange:
         work = dist.all_to_all_single(
             received, sent, list(leg.received), list(leg.sent), group=self._group, async_op=True
         )
-        return _Transfer(work, sent, received, leg)
+        return _Transfer(work, sent, received, leg, timed)
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,7 @@ class _Leg:
 class _Bucket:
     """One rank's part in one bucket: the matrices it owns, and both of their ways."""
 
+    number: int
     owned: tuple[int, ...]
     there: _Leg
     back: _Leg
@@ -152,10 +171,12 @@ class _Transfer:
     sent: Tensor
     received: Tensor
     leg: _Leg
+    timed: AbstractContextManager[None]
 
     def wait(self) -> list[Tensor]:
         """The incoming blocks, in the order of the leg."""
-        self.work.wait()
+        with self.timed:
+            self.work.wait()
         return _boxes(self.received, self.leg.incoming)
 
     def by_matrix(self) -> dict[int, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nemo_like.config.optimizer import ScaleMode
-from nemo_like.optim.diagnostics import sizes, spectrum
+from nemo_like.optim.diagnostics import Stopwatch, sizes, spectrum, transport, untimed
 from nemo_like.optim.exchange import Exchange
 from nemo_like.optim.layout import Layout
 from nemo_like.optim.newton_schulz import Polynomial, coefficients, polar
@@ -115,6 +115,7 @@ class Muon:
             momenta=self._here(momenta),
             gradients=self._here([p.grad for p in self.parameters]),
             spectra={} if watch else None,
+            stopwatch=Stopwatch(self._device) if watch else None,
         )
         self._last = now
         orthogonalize = partial(self._orthogonalized, now)
@@ -131,7 +132,8 @@ class Muon:
             signals = now.signals(self._travelling, self._device)
             dist.all_reduce(signals, dist.ReduceOp.MAX, group=self._group)
             now.activate(self._travelling, signals)
-            for returned in self._exchange.updates(now.average, orthogonalize):
+            timed = now.stopwatch or untimed
+            for returned in self._exchange.updates(now.average, orthogonalize, timed):
                 now.apply(returned)
 
     @torch.no_grad()
@@ -159,6 +161,22 @@ class Muon:
         if self._travelling:
             dist.all_reduce(table, group=self._group)
         return now.lr, table * table[:, 4:]
+
+    @torch.no_grad()
+    def transported(self) -> tuple[list[float], Tensor]:
+        """Megabytes that a rank sends for each bucket, and milliseconds of a watched step.
+
+        The latter as `Stopwatch.table` has them, each of the rank that took longest. A collective
+        when matrices travel.
+
+        Shapes: [buckets, 3], fp64.
+        """
+        now = self._last
+        assert now is not None and now.stopwatch is not None, "watch a step first"
+        table = now.stopwatch.table(len(self.plan.buckets))
+        if self._travelling:
+            dist.all_reduce(table, dist.ReduceOp.MAX, group=self._group)
+        return [elements * self._wire.itemsize / 1e6 for elements in self.plan.sent], table
 
     def _orthogonalized(
         self, now: _Step, numbers: Sequence[int], wholes: Sequence[Tensor]
@@ -232,7 +250,10 @@ class Muon:
 
 
 def observations(muons: Sequence[Muon]) -> dict[str, Tensor]:
-    """What a watched step did, as metrics: over all matrices, and by kind of matrix (`q_proj`)."""
+    """What a watched step did, as metrics: over all matrices, and by kind of matrix (`q_proj`).
+
+    Where matrices travel, what that took is added.
+    """
     matrices = [(muon.names[m.parameter], m.numel) for muon in muons for m in muon.plan.matrices]
     kinds = [kind_of(name) for name, _ in matrices]
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
@@ -249,7 +270,9 @@ def observations(muons: Sequence[Muon]) -> dict[str, Tensor]:
         found |= sizes(prefix, lr, update=update[i], weights=weights[i], count=count[i])
         found[f"{prefix}/effective_rank"] = rank[i] / moved[i]
         found[f"{prefix}/orthogonality_error"] = error[i] / moved[i]
-    return found
+    megabytes, milliseconds = zip(*[muon.transported() for muon in muons], strict=True)
+    imbalance = max(muon.plan.imbalance for muon in muons)
+    return found | transport(sum(megabytes, []), torch.cat(milliseconds), imbalance)
 
 
 def kind_of(name: str) -> str:
@@ -270,6 +293,7 @@ class _Step:
     gradients: dict[int, Tensor]
     spectra: dict[int, list[Tensor]] | None
     """What `spectrum` says of the matrices computed here, if the step is watched."""
+    stopwatch: Stopwatch | None
     active: dict[int, Tensor] = field(default_factory=dict)
     """1 for a matrix that moves, 0 for one that stays; on the device, which is not waited for."""
 

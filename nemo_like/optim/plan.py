@@ -76,6 +76,11 @@ class Plan:
         total = sum(self.loads.values())
         return max(self.loads.values()) * len(self.ranks) / total if total else 1.0
 
+    @cached_property
+    def sent(self) -> tuple[float, ...]:
+        """Elements that a rank sends to others for each bucket, both ways together, in the mean."""
+        return tuple(self.traffic(bucket) / len(self.ranks) for bucket in self.buckets)
+
     def gathering(self, bucket: Sequence[int]) -> list[Route]:
         """The way of every block of a bucket to the owner of its matrix, each block once."""
         return [

@@ -112,7 +112,8 @@ def run_layout(layout: str, name: str) -> tuple[float, list[float], dict[str, fl
     worst = max(float((whole(p) - expected[n]).abs().max()) for n, p in net.named_parameters())
     metrics, expected_metrics = optimizer.metrics(), reference.metrics()
     assert norms == pytest.approx(expected_norms, rel=1e-9)
-    assert metrics == pytest.approx(expected_metrics, rel=1e-9)
+    shared = {name: metrics[name] for name in expected_metrics}  # more is of the exchange
+    assert shared == pytest.approx(expected_metrics, rel=1e-9)
     return worst, norms, metrics
 
 
