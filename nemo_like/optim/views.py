@@ -142,6 +142,9 @@ STACKED_QKV = {"phi3", "phi4_multimodal", "gpt2", "mpt"}
 GROUPED_QKV = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}
 """Families that store [q; k; v] of one key head after the other, as Megatron's `linear_qkv`."""
 
+LATENT_HEADS = ("q_b_proj", "kv_b_proj", "linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+"""Modules of latent attention whose rows are heads, of a size that is not `head_dim`."""
+
 PACKED_GATE_UP = r"(^|\.)(gate_up_proj|shared_mlp\.input_linear)(\.weight)?$"
 """Names of [gate; up], or of [up; gate]: to be cut in halves the order is all the same."""
 
@@ -172,7 +175,8 @@ def view_of(
 ) -> View:
     """How the tensor of this name (or, tied, of these) and global shape is cut.
 
-    Heads are rows of q, k and v and columns of the output projection, which stays whole.
+    Heads are rows of q, k and v and columns of the output projection, which stays whole. So does
+    what has no name above, such as the packed inputs of state-space layers and linear attention.
 
     Raises:
         ConfigError: the tensor is packed in a way that is not known, or its rows are not what
@@ -183,29 +187,16 @@ def view_of(
     tensor = _Tensor(names[0], shape[-1] if transposed else shape[-2], attention, transposed)
     module = re.sub(r"\.weight\d*$", "", names[0]).rpartition(".")[2]
     if module in PACKED_QKV and (split_qkv or split_heads):
-        return tensor.qkv(grouped=_is_grouped(tensor, module), by_head=split_heads)
+        return tensor.qkv(of_megatron=module == "linear_qkv", by_head=split_heads)
     if split_heads and module in ("q_proj", "k_proj", "v_proj"):
         return tensor.heads(of_keys=module != "q_proj")
-    if split_heads and module in ("q_b_proj", "kv_b_proj"):
-        raise tensor.misfit("latent attention", "heads of one size", "muon_split_heads")
+    if split_heads and module in LATENT_HEADS:
+        raise tensor.misfit("latent attention", "heads of one known size", "muon_split_heads")
     if split_gate_up and module == "linear_fc1":
         return tensor.megatron_gate_up()
     if split_gate_up and re.search(PACKED_GATE_UP, names[0]):
         return tensor.gate_up(tensor.rows // 2 if family in INTERLEAVED_GATE_UP else 1)
     return tensor.view()
-
-
-def _is_grouped(tensor: _Tensor, module: str) -> bool:
-    family = tensor.attention.family if tensor.attention else ""
-    if module == "linear_qkv" or family in GROUPED_QKV:
-        return True
-    if family in STACKED_QKV:
-        return False
-    raise tensor.misfit(
-        f"q, k and v packed by a model of family {family!r}",
-        f"one whose order of rows is known ({', '.join(sorted(STACKED_QKV | GROUPED_QKV))})",
-        "muon_split_qkv",
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,16 +211,24 @@ class _Tensor:
     def view(self, label: str = "", **cuts: Any) -> View:
         return View(transposed=self.transposed, label=label, **cuts)
 
-    def qkv(self, *, grouped: bool, by_head: bool) -> View:
-        a = self._attention("muon_split_qkv")
-        groups = a.num_kv_heads if grouped else 1
+    def qkv(self, *, of_megatron: bool, by_head: bool) -> View:
+        settings = ("muon_split_qkv", "muon_split_heads") if by_head else ("muon_split_qkv",)
+        a = self._attention(*settings)
+        known = STACKED_QKV | GROUPED_QKV
+        if not of_megatron and a.family not in known:
+            raise self.misfit(
+                f"q, k and v packed by a model of family {a.family!r}",
+                f"one whose order of rows is known ({', '.join(sorted(known))})",
+                *settings,
+            )
+        groups = a.num_kv_heads if of_megatron or a.family in GROUPED_QKV else 1
         expected = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
         if self.rows != expected or a.num_heads % groups:
             raise self.misfit(
                 f"{self.rows} rows",
                 f"{expected} ({a.num_heads} heads of q, {a.num_kv_heads} of k and of v, "
                 f"{a.head_dim} rows each)",
-                "muon_split_qkv",
+                *settings,
             )
         keys = a.num_kv_heads // groups * a.head_dim
         return self.view(
@@ -268,13 +267,14 @@ class _Tensor:
             )
         return self.gate_up(groups) if groups else self.view()
 
-    def misfit(self, found: str, expected: str, key: str) -> ConfigError:
+    def misfit(self, found: str, expected: str, *settings: str) -> ConfigError:
+        off = " and ".join(f"policy.optimizer.{setting}=false" for setting in settings)
         return ConfigError(
-            f"{self.name}: found {found}, expected {expected}; set policy.optimizer.{key}=false "
-            "to orthogonalise it as one matrix"
+            f"{self.name}: found {found}, expected {expected}; set {off} to orthogonalise it as "
+            "one matrix"
         )
 
-    def _attention(self, key: str) -> AttentionShape:
+    def _attention(self, *settings: str) -> AttentionShape:
         if self.attention is None:
-            raise self.misfit("a model without a known attention shape", "its heads", key)
+            raise self.misfit("a model without a known attention shape", "its heads", *settings)
         return self.attention

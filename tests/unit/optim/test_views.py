@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from muon_by_hand import polar_by_hand
-from torch import Tensor
+from torch import Tensor, nn
 
+from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.errors import ConfigError
+from nemo_like.optim.build import build_optimizer
 from nemo_like.optim.views import (
     INTERLEAVED_GATE_UP,
     STORED_IN_OUT,
@@ -95,6 +97,7 @@ PACKED_QKV = {
     "GPT-2": ("attn.c_attn.weight", "gpt2", transposed(stacked)),
     "GPT-NeoX": ("attention.query_key_value.weight", "gpt_neox", by_group),
     "Megatron": ("self_attention.linear_qkv.weight", "", by_group),
+    "Megatron's Phi-3": ("self_attention.linear_qkv.weight", "phi3", by_group),
 }
 GATE_UP = {
     "Phi-3": ("mlp.gate_up_proj.weight", "phi3", stacked, ()),
@@ -213,6 +216,11 @@ FOUND = {
         {},
         "gate_up_groups.*muon_split_gate_up=false",
     ),
+    "rows of other packed heads": (
+        ("self_attention.linear_qkv.weight", (25, 10), shape_of()),
+        {"split_heads": True},
+        "found 25 rows, .*muon_split_qkv=false and policy.optimizer.muon_split_heads=false",
+    ),
     "heads of another size": (
         ("self_attn.k_proj.weight", (12, 10), shape_of()),
         {"split_heads": True},
@@ -242,6 +250,7 @@ TINY = {
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
     "pad_token_id": 0,
     "bos_token_id": 0,
     "eos_token_id": 0,
@@ -341,3 +350,87 @@ def test_every_model_of_transformers_with_unusual_experts_is_known():
     interleaved = {family for family, code in text.items() if "is_concatenated=False" in code}
     assert in_out and in_out <= STORED_IN_OUT.keys()
     assert interleaved == INTERLEAVED_GATE_UP
+
+
+# One optimizer over a fused model, one over the same model with its matrices apart.
+
+APART = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def apart(name: str, whole: Tensor) -> dict[str, Tensor]:
+    """Phi-3's tensor as Llama's: 4 heads of q, 2 of k and of v; as much gate as up."""
+    packed = next((key for key in APART if key in name), None)
+    if packed is None:
+        return {name: whole}
+    rows = whole.shape[0]
+    sizes = [rows // 2, rows // 4, rows // 4] if packed == "qkv_proj" else [rows // 2] * 2
+    names = [name.replace(packed, part) for part in APART[packed]]
+    return dict(zip(names, whole.split(sizes), strict=True))
+
+
+def exact_muon(parameters, attention: AttentionShape, **settings):
+    settings |= {"muon_ns_dtype": "float64", "muon_scale_mode": "shape_scaling"}
+    config = OptimizerConfig(optimizer="muon", lr=0.02, weight_decay=0.1, **settings)
+    return build_optimizer(parameters.items(), config, attention=attention)[0]
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_phi3_takes_the_steps_of_the_llama_with_the_same_matrices(by_head):
+    fused = tiny_model("phi3", **GQA)
+    parts = tiny_model("llama", **GQA)
+    ours, theirs = dict(fused.named_parameters()), dict(parts.named_parameters())
+    for name, whole in ours.items():
+        for part, value in apart(name, whole.detach()).items():
+            theirs[part].data.copy_(value)
+    torch.testing.assert_close(logits(fused), logits(parts), rtol=0, atol=1e-14)
+    settings = {"muon_split_heads": by_head, "muon_use_nesterov": True}
+    optimizers = [
+        exact_muon(named, attention_shape(model.config), **settings)
+        for model, named in ((fused, ours), (parts, theirs))
+    ]
+    tokens = torch.arange(1, 13).reshape(2, 6)
+    for _ in range(3):
+        fused.zero_grad()
+        fused(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        for name, whole in ours.items():
+            for part, gradient in apart(name, whole.grad).items():
+                theirs[part].grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, whole in ours.items():
+        for part, value in apart(name, whole.detach()).items():
+            torch.testing.assert_close(value, theirs[part].detach(), rtol=0, atol=1e-14)
+
+
+def pairs(order: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Megatron's (or gpt-oss's) tensors, and the same matrices one by one under Hugging Face's."""
+    if order == "megatron":
+        packed = {"linear_qkv.weight": by_group(qkv()), "linear_fc1.weight": by_rank(gate_up())}
+        return packed, dict(zip("qkvgu", [*qkv(), *gate_up()], strict=True))
+    stack = gate_up(EXPERTS)
+    packed = {"experts.gate_up_proj": transposed(by_neuron)(stack)}
+    return packed, {f"{i}{j}": stack[i][j] for i in range(2) for j in range(EXPERTS)}
+
+
+@pytest.mark.parametrize("order", ["megatron", "gpt_oss"])
+def test_a_reordered_or_stacked_tensor_takes_the_steps_of_its_matrices(order):
+    def packed_again(values: list[Tensor]) -> list[Tensor]:
+        if order == "megatron":
+            return [by_group(values[:3]), by_rank(values[3:])]
+        stack = [torch.stack(values[:EXPERTS]), torch.stack(values[EXPERTS:])]
+        return [transposed(by_neuron)(stack)]
+
+    ours, theirs = ({n: nn.Parameter(t) for n, t in side.items()} for side in pairs(order))
+    attention = shape_of(order, gate_up_groups=2)
+    optimizers = [exact_muon(ours, attention), exact_muon(theirs, attention)]
+    for step in range(3):
+        for i, parameter in enumerate(theirs.values()):
+            parameter.grad = matrix(*parameter.shape, seed=100 * step + i)
+        gradients = packed_again([p.grad for p in theirs.values()])
+        for parameter, gradient in zip(ours.values(), gradients, strict=True):
+            parameter.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    expected = packed_again([p.detach() for p in theirs.values()])
+    for parameter, value in zip(ours.values(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=1e-14)
