@@ -279,10 +279,12 @@ class Checkpoints:
         if foreign or self._config.optimizer_state == "exact":
             found += differences(owners, routing, "routing")
         if found:
+            is_own = folder.parent == self._root
             raise CheckpointError(
                 f"{folder} belongs to another run: {shown(found)}. Restore its configuration "
-                f"({folder / layout.CONFIG}), or set a new checkpointing.checkpoint_dir"
-                + ("" if foreign else f", or {_CONVERT}")
+                f"({folder / layout.CONFIG}), or "
+                + ("set a new checkpointing.checkpoint_dir" if is_own else "start from another")
+                + ("" if foreign else f", or set {_CONVERT}")
             )
         return SavedCheckpoint(
             folder=folder,

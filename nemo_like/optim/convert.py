@@ -74,14 +74,14 @@ def kept_tensors(old: str, new: str) -> Mapping[str, str]:
 
 
 def describe(saved_owners: Mapping[str, str], owners: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """Rows (was, is, first of them, tensors, kept, starts anew); none where no owner changed."""
+    """Rows (optimizer, first of them, tensors, kept, starts anew); none where no owner changed."""
     if saved_owners == owners:
         return []
     members: dict[tuple[str, str], list[str]] = {}
     for name, new in owners.items():
         members.setdefault((saved_owners[name], new), []).append(name)
     return [
-        (old, new, names[0], f"{len(names):,}", *_fate(old, new))
+        (old if old == new else f"{old} to {new}", names[0], f"{len(names):,}", *_fate(old, new))
         for (old, new), names in members.items()
     ]
 

@@ -48,6 +48,6 @@ class Origin:
         """What became of optimizer state, if parameters ever changed their optimizer."""
         if not self._conversions:
             return []
-        columns = ("after step", "was", "is", "first of them", "tensors", "kept", "starts anew")
+        columns = ("after step", "optimizer", "first of them", "tensors", "kept", "starts anew")
         rows = tuple(map(tuple, self._conversions))
         return [Table("What is kept of the optimizer state", columns, rows)]

@@ -148,10 +148,10 @@ def test_a_conversion_that_is_not_needed_changes_nothing(name):
 def test_what_is_kept_and_what_starts_anew_is_told():
     adam, muon = Run(optimizer="adam").owners, Run(**MUON).owners
     assert describe(adam, muon) == [
-        ("adamw", "adamw", "embed.weight", "2", "all", "nothing"),
-        ("adamw", "muon", "a.weight", "2", "exp_avg as momentum_buffer", "nothing"),
+        ("adamw", "embed.weight", "2", "all", "nothing"),
+        ("adamw to muon", "a.weight", "2", "exp_avg as momentum_buffer", "nothing"),
     ]
-    assert describe(muon, adam)[1][4:] == ("nothing", "exp_avg, exp_avg_sq, step")
+    assert describe(muon, adam)[1][3:] == ("nothing", "exp_avg, exp_avg_sq, step")
 
 
 def test_a_state_of_other_parameters_is_refused_by_name():
