@@ -88,6 +88,79 @@ def test_another_model_or_routing_is_refused_naming_the_difference(open_run, ide
         checkpoints.latest_good()
 
 
+OTHER_OWNER = dataclasses.replace(IDENTITY, routing={**IDENTITY.routing, "w": "adamw"})
+CURE = "checkpointing.optimizer_state=convert"
+
+
+def test_another_owner_is_refused_naming_the_option_and_let_through_with_it(open_run):
+    with open_run() as checkpoints:
+        write_step(checkpoints, 1)
+    with open_run(OTHER_OWNER) as checkpoints, pytest.raises(CheckpointError, match=CURE):
+        checkpoints.latest_good()
+    with open_run(OTHER_OWNER, optimizer_state="convert") as checkpoints:
+        assert checkpoints.latest_good().routing == IDENTITY.routing
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        {"model": {"hidden_size": 16}, "routing": OTHER_OWNER.routing},
+        {"routing": {**IDENTITY.routing, "b": "adamw"}},
+        {"routing": {"w": "muon"}},
+    ],
+    ids=["another model", "a parameter more", "a parameter less"],
+)
+@pytest.mark.parametrize("optimizer_state", ["exact", "convert"])
+def test_no_option_lets_another_model_through_nor_is_one_offered(
+    open_run, identity, optimizer_state
+):
+    with open_run() as checkpoints:
+        write_step(checkpoints, 1)
+    other = dataclasses.replace(IDENTITY, **identity)
+    with (
+        open_run(other, optimizer_state=optimizer_state) as checkpoints,
+        pytest.raises(CheckpointError, match="belongs to another run") as refused,
+    ):
+        checkpoints.latest_good()
+    assert CURE not in str(refused.value)
+
+
+def test_a_run_starts_from_another_ones_checkpoint_until_it_has_its_own(open_run, tmp_path):
+    with open_run() as other:
+        start = write_step(other, 5)
+        write_step(other, 6)
+        elsewhere = {"checkpoint_dir": str(tmp_path / "mine"), "start_from": str(start)}
+        with open_run(**elsewhere) as checkpoints:
+            assert (checkpoints.latest_good().folder, checkpoints.latest_good().step) == (start, 5)
+            own = write_step(checkpoints, 7)
+            assert checkpoints.latest_good().folder == own
+
+
+def test_a_start_that_is_damaged_or_of_another_model_is_refused(open_run, tmp_path):
+    with open_run() as other:
+        start = write_step(other, 5)
+    elsewhere = {"checkpoint_dir": str(tmp_path / "mine"), "start_from": str(start)}
+    other = dataclasses.replace(IDENTITY, model={"hidden_size": 16})
+    message = r"hidden_size.* or start from another"
+    with open_run(other, **elsewhere) as mine, pytest.raises(CheckpointError, match=message):
+        mine.latest_good()
+    (start / layout.STATE).write_text("{}")
+    with open_run(**elsewhere) as checkpoints, pytest.raises(CheckpointError, match="is damaged"):
+        checkpoints.latest_good()
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [("nowhere", "start_from=.*nowhere is no folder"), ("ckpt", "name one of them.*ckpt/step_1")],
+)
+def test_a_start_that_is_no_checkpoint_is_refused(open_run, tmp_path, start, message):
+    with open_run() as other:
+        write_step(other, 1)
+    settings = {"checkpoint_dir": str(tmp_path / "mine"), "start_from": str(tmp_path / start)}
+    with open_run(**settings) as checkpoints, pytest.raises(CheckpointError, match=message):
+        checkpoints.latest_good()
+
+
 @pytest.mark.parametrize(
     "model",
     [

@@ -195,6 +195,19 @@ def test_another_model_brings_its_own_tokenizer_and_checkpoint_folder(sft, model
     assert same_folder == (model is None)
 
 
+def test_a_run_from_another_start_has_its_own_checkpoint_folder_and_how_it_converts_changes_none(
+    sft,
+):
+    start = "checkpointing.start_from=results/a/step_2"
+    convert = "checkpointing.optimizer_state=convert"
+    overrides = ((), (convert,), (start,), (start, convert), (start + "0",))
+    plain, converts, started, both, other = (
+        sft(*texts).tree.checkpointing.checkpoint_dir for texts in overrides
+    )
+    assert plain == converts and started == both
+    assert len({plain, started, other}) == 3
+
+
 def test_the_openmathinstruct_configs_keep_their_model_and_its_tokenizer(sft):
     for name in ("sft_openmathinstruct2", "sft_openmathinstruct2_megatron"):
         policy = sft("--config", f"configs/{name}.yaml").tree.policy

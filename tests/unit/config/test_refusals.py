@@ -83,6 +83,7 @@ WRONG_VALUES = {
     "policy.tokenizer.chat_template=nowhere.jinja": "no such file",
     "checkpointing.checkpoint_must_save_by=3h": "DD:HH:MM:SS",
     "checkpointing.metric_name=val_loss": "val:<name>",
+    "checkpointing.optimizer_state=adapt": "exact | convert",
     "checkpointing.model_save_format=torch_save": "run code when loaded",
     "logger.wandb.name=5": "in quotes",
     "cluster.gpus_per_node=all": "int >= 0 | auto",
@@ -312,6 +313,10 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "never validated": (
         ("sft.val_period=0", "sft.val_at_start=false", "sft.val_at_end=false"),
         ("checkpointing.metric_name", "sft.val_period"),
+    ),
+    "start without checkpoints": (
+        ("checkpointing.start_from=a/step_1", "checkpointing.enabled=false"),
+        ("checkpointing.start_from", "checkpointing.enabled"),
     ),
     "no prompts to answer": (
         ("data.validation=null", "checkpointing.metric_name=null"),
