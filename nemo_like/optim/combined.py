@@ -142,6 +142,11 @@ class CombinedOptimizer(Optimizer):
             if name in own["steps"]:
                 self.state[parameter]["step"].fill_(tree["steps"][name])
 
+    @property
+    def muons(self) -> list[Muon]:
+        """Muon at work: one for each set of ranks that hold some of its parameters."""
+        return [muon for muons in self._muons for muon in muons]
+
     def _entries(self) -> list[tuple[dict[str, Any], str, Tensor]]:
         return [
             (group, name, parameter)
