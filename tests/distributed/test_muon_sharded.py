@@ -50,9 +50,9 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.tiny(torch.tanh(self.odd(x)))))
 
 
-def build_net(layout: str = "") -> Net:
+def build_net(layout: str = "", dtype: torch.dtype = torch.float64) -> Net:
     torch.manual_seed(1)
-    net = Net().double()
+    net = Net().to(dtype)
     match layout:
         case "fsdp4":
             fully_shard(net, mesh=init_device_mesh("cpu", (4,)))
@@ -112,8 +112,8 @@ def run_layout(layout: str, name: str) -> tuple[float, list[float], dict[str, fl
     worst = max(float((whole(p) - expected[n]).abs().max()) for n, p in net.named_parameters())
     metrics, expected_metrics = optimizer.metrics(), reference.metrics()
     assert norms == pytest.approx(expected_norms, rel=1e-9)
-    shared = {name: metrics[name] for name in expected_metrics}  # more is of the exchange
-    assert shared == pytest.approx(expected_metrics, rel=1e-9)
+    metrics = {name: metrics[name] for name in expected_metrics}  # others tell of the exchange
+    assert metrics == pytest.approx(expected_metrics, rel=1e-9)
     return worst, norms, metrics
 
 
@@ -175,33 +175,46 @@ def load(folder: str, net: Net, optimizer, *, no_dist: bool = False) -> None:
     optimizer.load_state_tree(state["optimizer"])
 
 
-def save_half_way(layout: str, folder: str) -> None:
-    net = build_net(layout)
+def save_half_way(layout: str, folder: str, dtype: torch.dtype) -> None:
+    net = build_net(layout, dtype)
     optimizer = build(net, "muon")
     train(net, optimizer, range(3))
     dcp.save(state_of(net, optimizer), checkpoint_id=folder)
     dist.barrier()
 
 
-def go_on(layout: str, folder: str) -> dict[str, Tensor]:
-    net = build_net(layout)
+def go_on(layout: str, folder: str, dtype: torch.dtype) -> tuple[dict, dict]:
+    """The optimizer's state as loaded, and the weights after the remaining steps."""
+    net = build_net(layout, dtype)
     optimizer = build(net, "muon")
-    load(folder, net, optimizer)
+    load(folder, net, optimizer, no_dist=not layout)
+    state = whole_state(optimizer)
     train(net, optimizer, range(3, STEPS))
-    return {n: whole(p) for n, p in net.named_parameters()}
+    return state, {n: whole(p) for n, p in net.named_parameters()}
 
 
-def test_a_state_saved_on_one_layout_continues_on_others(pool, tmp_path):
+def whole_state(optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_tree()["state"]
+    return {f"{n} {key}": whole(t).clone() for n, own in state.items() for key, t in own.items()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_a_state_saved_under_fsdp_and_tensor_parallelism_continues_anywhere(
+    pool, tmp_path, dtype, tolerance
+):
     folder = str(tmp_path / "saved")
-    straight = build_net()
+    straight = build_net(dtype=dtype)
     train(straight, build(straight, "muon"))
-    pool(4).run(save_half_way, "fsdp4", folder)
+    pool(4).run(save_half_way, "fsdp2_tp2", folder, dtype)
 
-    net = build_net()
-    optimizer = build(net, "muon")
-    load(folder, net, optimizer, no_dist=True)
-    train(net, optimizer, range(3, STEPS))
-    elsewhere = pool(4).run(go_on, "fsdp2_tp2", folder)[0]
-    for n, p in straight.named_parameters():
-        torch.testing.assert_close(net.get_parameter(n), p, rtol=0, atol=1e-12)
-        torch.testing.assert_close(elsewhere[n], p.detach(), rtol=0, atol=1e-12)
+    alone, weights = go_on("", folder, dtype)
+    assert any(tensor.any() for tensor in alone.values())
+    found = {"": weights}
+    for layout in ("fsdp4", "tp4", "hsdp2x2", "fsdp2_tp2"):
+        state, found[layout] = pool(4).run(go_on, layout, folder, dtype)[0]
+        assert all(torch.equal(state[key], alone[key]) for key in alone), layout
+    for layout, weights in found.items():
+        for n, p in straight.named_parameters():
+            torch.testing.assert_close(
+                weights[n], p.detach(), rtol=0, atol=tolerance, msg=f"{n} on {layout}"
+            )
