@@ -188,7 +188,8 @@ class PolicyFacts:
     """What a policy tells about itself, the same on every rank.
 
     `model` is the content of the model's config.json. `owners` has one record per trainable
-    parameter: name, shape, optimizer, reason. `num_parameters` counts tied parameters once;
+    parameter: name, shape, optimizer, reason. `outlook` says what to expect of the optimizer, in
+    words by title. `num_parameters` counts tied parameters once;
     `num_looked_up_parameters` are those of them in an input embedding that is no output head too.
     """
 
@@ -199,6 +200,7 @@ class PolicyFacts:
     threads: int
     world_size: int
     num_looked_up_parameters: int = 0
+    outlook: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_multiplied_parameters(self) -> int:

@@ -27,6 +27,7 @@ from nemo_like.optim.clip import clip_gradients
 from nemo_like.optim.combined import CombinedOptimizer
 from nemo_like.optim.convert import convert, template_for
 from nemo_like.optim.norm import local
+from nemo_like.optim.outlook import outlook
 from nemo_like.optim.routing import Routing
 from nemo_like.optim.schedule import Schedule
 from nemo_like.types import (
@@ -262,6 +263,11 @@ class RankBackend(ABC):
             threads=torch.get_num_threads(),
             world_size=self._world_size,
             num_looked_up_parameters=self._num_looked_up_parameters(),
+            outlook=outlook(
+                self.policy.active_optimizer,
+                self.routing,
+                [muon.plan for muon in self.optimizer.muons],
+            ),
         )
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:

@@ -55,6 +55,11 @@ def ownership_table(owners: Iterable[Mapping[str, Any]]) -> Table:
     return Table("Which parameters each optimizer owns, and why", columns, tuple(rows))
 
 
+def outlook_tables(outlook: Mapping[str, str]) -> list[Table]:
+    """What to expect of the optimizer, where there is something to say."""
+    return [Table("What to expect of Muon", ("", ""), tuple(outlook.items()))] if outlook else []
+
+
 def collect_facts(**more: str) -> dict[str, str]:
     """Command and versions of this run, secrets removed; `more` is added at the end.
 

@@ -19,7 +19,7 @@ from nemo_like.optim.exchange import Exchange
 from nemo_like.optim.layout import Layout
 from nemo_like.optim.newton_schulz import Polynomial, coefficients, polar
 from nemo_like.optim.norm import local
-from nemo_like.optim.plan import make_plan
+from nemo_like.optim.plan import Plan, make_plan
 from nemo_like.optim.scale import scale_factor
 from nemo_like.optim.views import View
 
@@ -56,6 +56,13 @@ class MuonRule:
             return self.wire_dtype
         return torch.bfloat16 if self.ns_dtype == torch.bfloat16 else weights
 
+    def plan(self, layouts: Sequence[Layout], views: Sequence[View], weights: torch.dtype) -> Plan:
+        """Who orthogonalises which matrix of weights of this type."""
+        bucket_elements = self.bucket_bytes / self.wire(weights).itemsize
+        return make_plan(
+            layouts, views, steps=len(self.polynomials), bucket_elements=bucket_elements
+        )
+
 
 class Muon:
     """The rule, applied to parameters that the same ranks hold.
@@ -76,12 +83,7 @@ class Muon:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._device = _compute_device(parameters[0])
         self._wire = rule.wire(parameters[0].dtype)
-        self.plan = make_plan(
-            layouts,
-            views,
-            steps=len(rule.polynomials),
-            bucket_elements=rule.bucket_bytes / self._wire.itemsize,
-        )
+        self.plan = rule.plan(layouts, views, parameters[0].dtype)
         self._pieces = list(self._pieces_here(layouts))
         self._chunks = list(self._chunks_at_home())
         self._travelling = [i for bucket in self.plan.buckets for i in bucket]

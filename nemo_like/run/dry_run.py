@@ -14,8 +14,8 @@ from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.config.sft import SFTTree
 from nemo_like.errors import NemoLikeError
 from nemo_like.observability.console import RunConsole
-from nemo_like.observability.records import Table, ownership_table
-from nemo_like.optim.routing import Owner, embedding_names
+from nemo_like.observability.records import Table, outlook_tables, ownership_table
+from nemo_like.optim.routing import Owner, Routing, embedding_names
 from nemo_like.optim.views import attention_shape
 from nemo_like.run.build import parallel_sizes
 
@@ -30,9 +30,11 @@ def dry_run_sft(tree: SFTTree) -> int:
         placement = place(tree.cluster, parallel_sizes(tree.policy), gpus_found=count_local_gpus())
         console.table(_run_table(tree, placement))
         if isinstance(tree.policy.backend, DTensorConfig):
-            rows = _rows(tree.policy)
-            console.table(ownership_table([vars_of(row) for row in rows]))
-            console.table(_memory_table(rows, tree.policy.backend, placement))
+            routing = _routing(tree.policy)
+            console.table(ownership_table([vars_of(row) for row in routing.rows]))
+            for table in outlook_tables(_outlook(tree.policy, routing, placement)):
+                console.table(table)
+            console.table(_memory_table(routing.rows, tree.policy.backend, placement))
     except NemoLikeError as error:
         console.error(error, last_checkpoint=None, next_command=None)
         return error.exit_code
@@ -45,7 +47,7 @@ def vars_of(row: Owner) -> dict[str, object]:
     return {"name": row.name, "shape": row.shape, "optimizer": row.optimizer, "reason": row.reason}
 
 
-def _rows(policy: PolicyConfig) -> Iterable[Owner]:
+def _routing(policy: PolicyConfig) -> Routing:
     """The routing that training would use, of a model without memory; needs no weights."""
     from nemo_like.backends.dtensor.model import load_hf_config, named_parameters, new_hf_model
     from nemo_like.optim.build import build_optimizer
@@ -59,7 +61,32 @@ def _rows(policy: PolicyConfig) -> Iterable[Owner]:
         embeddings=embedding_names(model),
         attention=attention_shape(hf_config),
     )
-    return routing.rows
+    return routing
+
+
+def _outlook(policy: PolicyConfig, routing: Routing, placement: Placement) -> dict[str, str]:
+    """What to expect of Muon on these ranks, where training would lay its matrices."""
+    import torch
+    from torch.distributed.tensor import Replicate, Shard
+
+    from nemo_like.backends.dtensor.parallelize import COLUMN_WISE, ROW_WISE
+    from nemo_like.optim.build import muon_rule
+    from nemo_like.optim.layout import layout_on
+    from nemo_like.optim.outlook import outlook
+
+    config = policy.dtensor_cfg
+    mesh = torch.arange(placement.world_size)
+    mesh = mesh.view(config.dp_replicate_size, -1, config.tensor_parallel_size)
+    across = dict.fromkeys(COLUMN_WISE, Shard(0)) | dict.fromkeys(ROW_WISE, Shard(1))
+    rows = [row for row in routing.rows if row.optimizer == "muon"]
+    layouts = [
+        layout_on(row.shape, mesh, [Replicate(), Shard(0), across.get(leaf, Replicate())])
+        for row in rows
+        for leaf in [row.name.removesuffix(".weight").rpartition(".")[2]]
+    ]
+    rule = muon_rule(policy.active_optimizer)
+    plan = rule.plan(layouts, [row.view for row in rows], torch.float32)
+    return outlook(policy.active_optimizer, routing, [plan])
 
 
 def _run_table(tree: SFTTree, placement: Placement) -> Table:

@@ -34,7 +34,12 @@ from nemo_like.interfaces import Policy
 from nemo_like.observability.console import RunConsole, duration
 from nemo_like.observability.curves import read_series
 from nemo_like.observability.headlines import headlines
-from nemo_like.observability.records import Answer, collect_facts, ownership_table
+from nemo_like.observability.records import (
+    Answer,
+    collect_facts,
+    outlook_tables,
+    ownership_table,
+)
 from nemo_like.observability.report import write_report
 from nemo_like.observability.run_folder import RunFolder
 from nemo_like.observability.secrets import redact_tree
@@ -169,7 +174,11 @@ class Session:
                     f"{total_steps}. To train on, raise the number of steps; to begin anew, "
                     "set another checkpointing.checkpoint_dir"
                 )
-        tables = [ownership_table(facts.owners), *self._origin.tables()]
+        tables = [
+            ownership_table(facts.owners),
+            *outlook_tables(facts.outlook),
+            *self._origin.tables(),
+        ]
         for table in tables:
             self._console.table(table)
         self.folder.write_tables(tables)
