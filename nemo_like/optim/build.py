@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.errors import ConfigError
 from nemo_like.optim.combined import CombinedOptimizer
-from nemo_like.optim.muon import MuonRule
 from nemo_like.optim.newton_schulz import coefficients
 from nemo_like.optim.routing import Algorithm, Routing, route
+from nemo_like.optim.rule import MuonRule
 from nemo_like.optim.scale import default_extra_factor
 from nemo_like.optim.views import AttentionShape, view_of
 
@@ -62,6 +62,11 @@ def build_optimizer(
             split_heads=config.muon_split_heads,
         ),
     )
+    if config.muon_split_heads and config.is_muon and not any(r.view.heads for r in routing.rows):
+        raise ConfigError(
+            "muon_split_heads=true found no matrix with heads among its own: it knows q_proj, "
+            "k_proj, v_proj and packed forms of them; set it to false"
+        )
     by_name = dict(named)
     groups = [
         {

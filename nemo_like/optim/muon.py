@@ -3,65 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nemo_like.config.optimizer import ScaleMode
+from nemo_like.optim.block_step import BlockStep
 from nemo_like.optim.diagnostics import Stopwatch, sizes, spectrum, transport, untimed
 from nemo_like.optim.exchange import Exchange
 from nemo_like.optim.layout import Layout
-from nemo_like.optim.newton_schulz import Polynomial, coefficients, polar
+from nemo_like.optim.newton_schulz import polar
 from nemo_like.optim.norm import local
-from nemo_like.optim.plan import Plan, make_plan
-from nemo_like.optim.scale import scale_factor
+from nemo_like.optim.rule import MuonRule
 from nemo_like.optim.views import View
 
 CACHED_ELEMENTS, FILLING_ELEMENTS = 2**19, 2**26
 """Elements that go through Newton-Schulz together: what fits a CPU's cache, what fills a GPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class MuonRule:
-    """The settings of the rule that do not change during a run.
-
-    Blocks travel in `wire_dtype` (None: bf16 if Newton-Schulz is in bf16, else the type of the
-    weights). A matrix that stays on one rank is rounded in the same way, so that the layout of a
-    run does not change its numbers.
-    """
-
-    momentum: float = 0.95
-    nesterov: bool = False
-    scale_mode: ScaleMode = "spectral"
-    extra_scale_factor: float = 0.2
-    polynomials: tuple[Polynomial, ...] = coefficients("quintic", 5)
-    ns_dtype: torch.dtype = torch.bfloat16
-    wire_dtype: torch.dtype | None = None
-    bucket_bytes: float = 64e6
-    zero_grad: Literal["skip", "always"] = "skip"
-
-    def scale(self, rows: int, columns: int) -> float:
-        """The factor of the orthogonal update of a matrix of this shape."""
-        return self.extra_scale_factor * scale_factor(self.scale_mode, rows, columns)
-
-    def wire(self, weights: torch.dtype) -> torch.dtype:
-        """The type in which blocks of weights of this type travel."""
-        if self.wire_dtype is not None:
-            return self.wire_dtype
-        return torch.bfloat16 if self.ns_dtype == torch.bfloat16 else weights
-
-    def plan(self, layouts: Sequence[Layout], views: Sequence[View], weights: torch.dtype) -> Plan:
-        """Who orthogonalises which matrix of weights of this type."""
-        bucket_elements = self.bucket_bytes / self.wire(weights).itemsize
-        return make_plan(
-            layouts, views, steps=len(self.polynomials), bucket_elements=bucket_elements
-        )
 
 
 class Muon:
@@ -85,13 +46,18 @@ class Muon:
         self._wire = rule.wire(parameters[0].dtype)
         self.plan = rule.plan(layouts, views, parameters[0].dtype)
         self._pieces = list(self._pieces_here(layouts))
+        self._num_parts = [
+            sum(count for count, _, _ in views[matrix.parameter].shapes(matrix.shape))
+            for matrix in self.plan.matrices
+        ]
+        self._part_of = dict(self._parts_here())
         self._chunks = list(self._chunks_at_home())
         self._travelling = [i for bucket in self.plan.buckets for i in bucket]
         self._group = _group_of(self.plan.ranks, parameters[0]) if self._travelling else None
         self._exchange = Exchange(
             self.plan, self._group, rank=self._rank, device=self._device, wire_dtype=self._wire
         )
-        self._last: _Step | None = None
+        self._last: BlockStep | None = None
 
     @torch.no_grad()
     def step(
@@ -109,13 +75,16 @@ class Muon:
         Changed: the gradient is not overwritten by Nesterov's look-ahead, the momentum not by
         Newton-Schulz; a zero gradient moves nothing.
         """
-        now = _Step(
-            self.rule,
-            lr,
-            weight_decay,
+        now = BlockStep(
+            rule=self.rule,
+            device=self._device,
+            lr=lr,
+            weight_decay=weight_decay,
             weights=self._here(self.parameters),
             momenta=self._here(momenta),
             gradients=self._here([p.grad for p in self.parameters]),
+            num_parts=self._num_parts,
+            part_of=self._part_of,
             spectra={} if watch else None,
             stopwatch=Stopwatch(self._device) if watch else None,
         )
@@ -124,14 +93,12 @@ class Muon:
         for chunk in self._chunks:
             present = [i for i in chunk if i in now.gradients]
             if present:
-                now.active.update(
-                    zip(present, now.signals(present, self._device).unbind(), strict=True)
-                )
+                now.activate(present, now.signals(present))
                 ahead = now.average(present)
                 updates = orthogonalize(present, [ahead[i] for i in present])
                 now.apply(dict(zip(present, updates, strict=True)))
         if self._travelling:
-            signals = now.signals(self._travelling, self._device)
+            signals = now.signals(self._travelling)
             dist.all_reduce(signals, dist.ReduceOp.MAX, group=self._group)
             now.activate(self._travelling, signals)
             timed = now.stopwatch or untimed
@@ -144,8 +111,9 @@ class Muon:
 
         There is a row per matrix of the plan. Its columns are the sum of squares of the update (for
         a learning rate of one), effective rank and orthogonality error (see `spectrum`; of a packed
-        matrix the mean over its parts), the sum of squares of the weight, and whether the matrix
-        moved (1) or not (0, and so is the rest). A collective when matrices travel.
+        matrix the mean over its parts), the sum of squares of the weight, and the share of the
+        matrix that moved (0 or 1, unless it is packed). What did not move does not count in the
+        others. A collective when matrices travel.
 
         Shapes: [matrices, 5], fp64.
         """
@@ -153,16 +121,17 @@ class Muon:
         assert now is not None and now.spectra is not None, "watch a step first"
         table = torch.zeros(len(self.plan.matrices), 5, dtype=torch.float64, device=self._device)
         for number, rows in now.spectra.items():
-            seen = torch.cat(rows)
-            table[number, 0], table[number, 1:3] = seen[:, 0].sum(), seen[:, 1:].mean(0)
-            table[number, 4] = now.active[number]
+            seen, active = torch.cat(rows).sum(0), now.active[number].double()
+            table[number, 0], table[number, 1:3] = seen[0], seen[1:] / active.sum().clamp_min(1)
+            table[number, 4] = active.mean()
         for number, weight in now.weights.items():
             blocks = self.plan.matrices[number].blocks
             copies = next(len(b.holders) for b in blocks if self._rank in b.holders)
             table[number, 3] = weight.norm().double().square() / copies
         if self._travelling:
             dist.all_reduce(table, group=self._group)
-        return now.lr, table * table[:, 4:]
+        table[:, 3] *= table[:, 4]
+        return now.lr, table
 
     @torch.no_grad()
     def transported(self) -> tuple[list[float], Tensor]:
@@ -181,13 +150,17 @@ class Muon:
         return [elements * self._wire.itemsize / 1e6 for elements in self.plan.sent], table
 
     def _orthogonalized(
-        self, now: _Step, numbers: Sequence[int], wholes: Sequence[Tensor]
+        self, now: BlockStep, numbers: Sequence[int], wholes: Sequence[Tensor]
     ) -> list[Tensor]:
         """The updates of whole matrices, for a learning rate of one; equal shapes go together."""
         views = [self._views[self.plan.matrices[number].parameter] for number in numbers]
         stacks = [
             view.split(whole.to(self._device, self._wire))
             for view, whole in zip(views, wholes, strict=True)
+        ]
+        active = [
+            now.active[number].split([len(part) for part in parts])
+            for number, parts in zip(numbers, stacks, strict=True)
         ]
         by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
         for position, parts in enumerate(stacks):
@@ -198,17 +171,17 @@ class Muon:
                 parts = [stacks[i][k] for i, k in chunk]
                 X = parts[0] if len(parts) == 1 else torch.cat(parts)
                 counts = [len(part) for part in parts]
-                kept = [now.active[numbers[i]] for i, _ in chunk]
+                kept = torch.cat([active[i][k] for i, k in chunk])
                 gain = self.rule.scale(*X.shape[-2:])
                 update = polar(
                     X,
                     rows=self.rule.polynomials,
                     dtype=self.rule.ns_dtype,
                     gain=gain,
-                    keep=torch.cat([k.expand(n) for k, n in zip(kept, counts, strict=True)]) > 0,
+                    keep=kept > 0,
                 )
                 if now.spectra is not None:
-                    rows = spectrum(X, update, gain).split(counts)
+                    rows = (spectrum(X, update, gain) * kept[:, None]).split(counts)
                     for (i, _), row in zip(chunk, rows, strict=True):
                         now.spectra.setdefault(numbers[i], []).append(row)
                 for (i, k), part in zip(chunk, update.to(self._wire).split(counts), strict=True):
@@ -239,6 +212,17 @@ class Muon:
                 assert origin is not None
                 index = tuple(i - o for i, o in zip(matrix.index, origin, strict=False))
                 yield number, matrix.parameter, index
+
+    def _parts_here(self) -> Iterator[tuple[int, Tensor]]:
+        """What part the rows (or columns) of this rank's blocks are of, where there are several."""
+        for number, parameter, _ in self._pieces:
+            matrix = self.plan.matrices[number]
+            if self._num_parts[number] > 1:
+                block = next(b for b in matrix.blocks if self._rank in b.holders)
+                owners = self._views[parameter].part_of(matrix.shape)
+                dim = 0 if owners.shape[1] == 1 else 1
+                held = owners.narrow(dim, block.offset[dim], block.shape[dim])
+                yield number, held.to(self._device)
 
     def _chunks_at_home(self) -> Iterator[list[int]]:
         """The matrices that stay on this rank, equal shapes together."""
@@ -281,72 +265,6 @@ def kind_of(name: str) -> str:
     """What matrices of different layers have in common: `experts.up_proj`, `q_proj`."""
     parts = [part for part in name.split(".") if part != "weight" and not part.isdigit()]
     return ".".join(parts[-2:] if "experts" in parts[-2:] else parts[-1:])
-
-
-@dataclass(slots=True)
-class _Step:
-    """One step of the rule on this rank's blocks, by the number of the matrix."""
-
-    rule: MuonRule
-    lr: float
-    weight_decay: float
-    weights: dict[int, Tensor]
-    momenta: dict[int, Tensor]
-    gradients: dict[int, Tensor]
-    spectra: dict[int, list[Tensor]] | None
-    """What `spectrum` says of the matrices computed here, if the step is watched."""
-    stopwatch: Stopwatch | None
-    active: dict[int, Tensor] = field(default_factory=dict)
-    """1 for a matrix that moves, 0 for one that stays; on the device, which is not waited for."""
-
-    def signals(self, numbers: Sequence[int], device: torch.device) -> Tensor:
-        """Which matrices have reason to move, as this rank knows. Shapes: [len(numbers)], fp32."""
-        found = []
-        for gradient in map(self.gradients.get, numbers):
-            if gradient is None:
-                found.append(torch.zeros((), device=device))
-            elif self.rule.zero_grad == "always":
-                found.append(torch.ones((), device=device))
-            else:  # NaN, too, is not zero
-                found.append((gradient.abs().amax() != 0).to(device, torch.float32))
-        return torch.stack(found)
-
-    def activate(self, numbers: Sequence[int], signals: Tensor) -> None:
-        """Take these signals for what all ranks agree on."""
-        self.active.update(zip(numbers, signals.unbind(), strict=True))
-
-    def average(self, numbers: Sequence[int]) -> dict[int, Tensor]:
-        """Move the momentum of these matrices; what is to be orthogonalised."""
-        if not numbers:
-            return {}
-        buffers = [self.momenta[i] for i in numbers]
-        gradients = [
-            self.gradients[i] if i in self.gradients else torch.zeros_like(self.momenta[i])
-            for i in numbers
-        ]
-        rates = self._factors(numbers, 0.0, 1 - self.rule.momentum)
-        torch._foreach_lerp_(buffers, gradients, rates)
-        if self.rule.nesterov:
-            buffers = list(torch._foreach_lerp(gradients, buffers, self.rule.momentum))
-        return dict(zip(numbers, buffers, strict=True))
-
-    def apply(self, updates: Mapping[int, Tensor]) -> None:
-        """Decay the weights of these matrices and take their updates off."""
-        if not updates:
-            return
-        weights = [self.weights[i] for i in updates]
-        if self.weight_decay:
-            decays = self._factors(list(updates), 1.0, -self.lr * self.weight_decay)
-            torch._foreach_mul_(weights, decays)
-        # Of weights that are kept on the CPU the updates come from the GPU.
-        steps = [update.to(w.device) for update, w in zip(updates.values(), weights, strict=True)]
-        torch._foreach_add_(weights, steps, alpha=-self.lr)
-
-    def _factors(self, numbers: Sequence[int], base: float, factor: float) -> list[Tensor]:
-        """`base + factor * active` for each matrix, where and in the type its weight is."""
-        like = self.weights[numbers[0]]
-        active = torch.stack([self.active[i] for i in numbers]).double()
-        return list((base + factor * active).to(like.device, like.dtype).unbind())
 
 
 def _compute_device(parameter: Tensor) -> torch.device:

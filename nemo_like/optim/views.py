@@ -84,6 +84,20 @@ class View:
             for size, count in zip(sizes, heads, strict=True)
         ]
 
+    def part_of(self, shape: Sequence[int]) -> Tensor:
+        """The number, in the order of `split`, of the matrix that each row (or column) is in.
+
+        Shapes: (R, C) -> [R, 1], or [1, C] with `transposed`; int64.
+        """
+        shapes = self.shapes(shape)
+        numbers = torch.arange(sum(n for n, _, _ in shapes)).split([n for n, _, _ in shapes])
+        parts = [
+            own.view(n, 1, 1).expand(n, rows, 1)
+            for own, (n, rows, _) in zip(numbers, shapes, strict=True)
+        ]
+        narrow = (1, shape[1]) if self.transposed else (shape[0], 1)
+        return self.merge(parts, narrow)
+
     def _as_rows(self, shape: Sequence[int]) -> tuple[int, ...]:
         *lead, rows, columns = shape
         return (*lead, columns, rows) if self.transposed else (*lead, rows, columns)

@@ -65,6 +65,7 @@ def gradients(step: int, dtype) -> dict[str, Tensor]:
         made["wide.weight"].zero_()
         made["odd.weight"][:40] = 0
         made["experts.up_proj"][2] = 0
+        made["self_attn.qkv_proj.weight"][4:20] = 0  # three heads of q, and k
     return made
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.errors import CheckpointError, ConfigError
 from nemo_like.optim.build import build_optimizer
+from nemo_like.optim.views import AttentionShape
 
 FP64 = torch.float64
 SHAPES = {"a": (12, 20), "b": (20, 12), "c": (12, 20), "d": (9, 9)}
@@ -221,6 +222,69 @@ def test_a_parameter_without_gradient_is_left_alone(name):
         assert after["steps"].get(name) == state["steps"].get(name)
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_zero_gradient_moves_nothing(nesterov):
+    parameters = weights({"a": (8, 8), "b": (8, 8)})
+    settings = {"lr": 0.1, "weight_decay": 0.1, "muon_use_nesterov": nesterov}
+    optimizer = build(parameters, optimizer="muon", **settings, **EXACT)
+    train(optimizer, list(parameters.values()), range(2))
+    before = copy.deepcopy([parameters, optimizer.state_tree()["state"]])
+    for p, gradient in zip(parameters.values(), gradients(parameters.values(), 2), strict=True):
+        p.grad = gradient
+    parameters["b"].grad = torch.zeros(8, 8, dtype=FP64)
+    optimizer.step()
+    after = [parameters, optimizer.state_tree()["state"]]
+    assert torch.equal(after[0]["b"], before[0]["b"])
+    assert torch.equal(after[1]["b"]["momentum_buffer"], before[1]["b"]["momentum_buffer"])
+    assert not torch.equal(after[0]["a"], before[0]["a"])
+
+
+def test_a_gradient_of_the_smallest_number_moves_a_whole_step():
+    parameters = weights({"a": (8, 8)}, torch.float32)
+    before = parameters["a"].detach().clone()
+    parameters["a"].grad = torch.eye(8) * torch.finfo(torch.float32).tiny
+    settings = {"lr": 1.0, "weight_decay": 0.0, "muon_momentum": 0.0}
+    build(parameters, optimizer="muon", muon_ns_dtype="float64", **settings).step()
+    moved = before - parameters["a"].detach()
+    torch.testing.assert_close(moved, torch.eye(8) * 0.2 * 8**0.5, rtol=0.04, atol=1e-6)
+
+
+def test_with_always_a_zero_gradient_lets_momentum_go_on():
+    ours, theirs = weights({"a": (8, 8)}), weights({"a": (8, 8)})
+    settings = {"lr": 0.02, "weight_decay": 0.1, "muon_use_nesterov": True, **EXACT}
+    optimizer = build(ours, optimizer="muon", muon_zero_grad="always", **settings)
+    reference = Moonlight([theirs["a"].data], lr=0.02, nesterov=True, decay=0.1)
+    for gradient in (*gradients(ours.values(), 0), torch.zeros(8, 8, dtype=FP64)):
+        ours["a"].grad = gradient
+        optimizer.step()
+        reference.step([gradient])
+    torch.testing.assert_close(ours["a"], theirs["a"], rtol=0, atol=1e-12)
+
+
+def test_the_parts_of_a_packed_matrix_move_or_stay_one_by_one():
+    rows = {"q_proj": 8, "k_proj": 4, "v_proj": 4}
+    packed = weights({"qkv_proj.weight": (16, 8)})
+    apart = {
+        f"{n}.weight": nn.Parameter(part.detach().clone())
+        for n, part in zip(rows, packed["qkv_proj.weight"].split(list(rows.values())), strict=True)
+    }
+    attention = AttentionShape(num_heads=2, num_kv_heads=1, head_dim=4, family="phi3")
+    config = OptimizerConfig(optimizer="muon", lr=0.1, weight_decay=0.1, **EXACT)
+    together = build_optimizer(packed.items(), config, attention=attention)[0]
+    single = build_optimizer(apart.items(), config, attention=attention)[0]
+    for step in range(4):
+        (gradient,) = gradients(packed.values(), step)
+        gradient[8 : 8 + 2 * step] = 0  # nothing, a part of k, k, k and a part of v
+        packed["qkv_proj.weight"].grad = gradient
+        for p, part in zip(apart.values(), gradient.split(list(rows.values())), strict=True):
+            p.grad = part.clone()
+        together.step()
+        single.step()
+    torch.testing.assert_close(
+        packed["qkv_proj.weight"], torch.cat(list(apart.values())), rtol=0, atol=1e-14
+    )
+
+
 def test_metrics_tell_the_size_of_the_update_of_each_half():
     parameters = weights(MIXED)
     before = {n: p.detach().clone() for n, p in parameters.items()}
@@ -256,6 +320,11 @@ def test_metrics_count_what_was_stepped_with_the_rate_it_was_stepped_with(name):
 def test_weights_in_half_precision_are_refused():
     with pytest.raises(ConfigError, match=r"a is held in torch.bfloat16, expected fp32 master"):
         build(weights(dtype=torch.bfloat16), optimizer="adam")
+
+
+def test_heads_to_split_where_there_are_none_are_refused():
+    with pytest.raises(ConfigError, match="found no matrix with heads"):
+        build(weights(), optimizer="muon", muon_split_heads=True)
 
 
 def test_blockwise_is_refused_with_the_reason():
