@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from nemo_like.config.base import (
@@ -19,7 +19,15 @@ from nemo_like.config.base import (
 OptimizerName = Literal["adam", "sgd", "muon", "dist_muon"]
 ScaleMode = Literal["spectral", "unit_rms_norm", "shape_scaling", "original", "match_rms_adamw"]
 CoefficientType = Literal[
-    "quintic", "simple", "polar_express", "cans", "cubic5", "deepseekv4", "pion", "custom"
+    "quintic",
+    "simple",
+    "polar_express",
+    "cans",
+    "cubic5",
+    "deepseekv4",
+    "minimax",
+    "pion",
+    "custom",
 ]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 
@@ -35,7 +43,9 @@ NEWTON_SCHULZ_STEPS: dict[str, range] = {
     "cans": range(5, 100),
     # Eight times `simple`, then the polishing polynomial this schedule is chosen for.
     "deepseekv4": range(10, 100),
-    # Made of five.
+    # Four polynomials, made as one.
+    "minimax": range(4, 5),
+    # Promotions, then suppressions, five together.
     "pion": range(5, 6),
     # As many as rows are given.
     "custom": range(1, 100),
@@ -76,6 +86,8 @@ class OptimizerConfig(Node):
     """Newton-Schulz steps; each schedule allows only the counts it was made for."""
     muon_ns_coefficients: tuple[tuple[float, float, float], ...] = ()
     """The rows (a, b, c) of `muon_coefficient_type=custom`, one for each step."""
+    muon_promotion_steps: Literal[0, 1, 2, 3, 4] | None = None
+    """Opening steps of `muon_coefficient_type=pion`; more let more directions pass. Null is 0."""
     muon_fp32_matmul_prec: Literal["medium", "high", "highest"] = "medium"
     """Precision of Newton-Schulz: `medium` is bf16, `high` and `highest` are fp32."""
     muon_ns_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
@@ -118,6 +130,12 @@ class OptimizerConfig(Node):
                 f"the {self.muon_coefficient_type} schedule is made for {counts} steps; "
                 "with other counts its result is not orthogonal",
             )
+        yield from self._row_conflicts()
+        if self.muon_promotion_steps is not None and self.muon_coefficient_type != "pion":
+            yield Conflict(
+                ("muon_coefficient_type", "muon_promotion_steps"),
+                f"only pion has promotion steps, not {self.muon_coefficient_type}",
+            )
         for name in ("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum"):
             if getattr(self, name) == 1:
                 yield Conflict((name,), "must be less than 1: at 1 no gradient ever enters")
@@ -125,6 +143,45 @@ class OptimizerConfig(Node):
             for pattern in getattr(self, name):
                 if reason := _broken_expression(pattern):
                     yield Conflict((name,), f"{pattern!r} is no regular expression: {reason}")
+
+    def _row_conflicts(self) -> Iterator[Conflict]:
+        """Rows without their schedule, too few or too many, or such that steps would explode."""
+        rows, custom = self.muon_ns_coefficients, self.muon_coefficient_type == "custom"
+        keys = ("muon_coefficient_type", "muon_ns_coefficients")
+        if custom != bool(rows):
+            yield Conflict(
+                keys, "rows (a, b, c) are for muon_coefficient_type=custom, and it for them"
+            )
+        elif custom and len(rows) != self.muon_num_ns_steps:
+            yield Conflict(
+                ("muon_num_ns_steps", "muon_ns_coefficients"),
+                f"there are {len(rows)} rows for {self.muon_num_ns_steps} steps; give one for each",
+            )
+        elif custom and (worst := _worst_value(rows)) is not None:
+            yield Conflict(
+                keys,
+                f"a singular value of {worst:g} ends outside of [-{LONGEST:g}, {LONGEST:g}]; "
+                "rows must take the whole of (0, 1] near to one, and a little more for round-off",
+            )
+
+
+LONGEST = 2.0
+"""What no singular value may end above under custom rows: a step of twice the length."""
+
+
+def _worst_value(rows: Iterable[tuple[float, float, float]]) -> float | None:
+    """The singular value up to 1.005 that these steps take farthest, if it is too far."""
+    ends: dict[float, float] = {}
+    for start in (i / 4000 for i in range(1, 4021)):
+        end = start
+        for a, b, c in rows:
+            square = end * end
+            end *= a + square * (b + square * c)
+            if not abs(end) < 1e9:  # lost: larger powers would overflow
+                return start
+        ends[start] = abs(end)
+    worst = max(ends, key=ends.__getitem__)
+    return worst if ends[worst] > LONGEST else None
 
 
 def _broken_expression(pattern: str) -> str | None:

@@ -14,8 +14,8 @@ def polar_by_hand(matrix: Tensor, rows=SIMPLE) -> Tensor:
     """Newton-Schulz through the singular values: each step maps every one of them."""
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     values = values / values.square().sum().sqrt()
-    for a, b, c in rows:
-        values = a * values + b * values**3 + c * values**5
+    for row in rows:
+        values = sum(c * values ** (2 * i + 1) for i, c in enumerate(row))
     return left @ torch.diag(values) @ right
 
 

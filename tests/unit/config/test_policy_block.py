@@ -80,6 +80,8 @@ def test_a_schedule_takes_the_steps_it_was_made_for_and_no_others(schedule):
     allowed = NEWTON_SCHULZ_STEPS[schedule]
     for steps in (4, 5, 6, 10):
         settings = {"muon_coefficient_type": schedule, "muon_num_ns_steps": steps}
+        if schedule == "custom":
+            settings["muon_ns_coefficients"] = [(1.5, -0.5, 0.0)] * steps
         if steps in allowed:
             OptimizerConfig.model_validate(settings)
         else:

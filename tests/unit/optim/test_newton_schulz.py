@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from minimax import composed
 from muon_by_hand import polar_by_hand
 
 from nemo_like.config.optimizer import NEWTON_SCHULZ_STEPS
 from nemo_like.errors import ConfigError
-from nemo_like.optim.newton_schulz import SCHEDULES, coefficients, polar
+from nemo_like.optim.newton_schulz import SCHEDULES, Polynomial, coefficients, polar
 
 PAIRS = [
     ("quintic", 5),
@@ -15,7 +16,9 @@ PAIRS = [
     *[(name, steps) for name in ("polar_express", "cans") for steps in (5, 6, 8, 12)],
     ("deepseekv4", 10),
     ("deepseekv4", 12),
+    ("minimax", 4),
 ]
+PION = tuple(coefficients("pion", 5, promotion=k) for k in range(5))
 FP64 = torch.float64
 
 
@@ -27,16 +30,17 @@ def quintic(X: torch.Tensor, dtype: torch.dtype = FP64) -> torch.Tensor:
     return polar(X, rows=coefficients("quintic", 5), dtype=dtype)
 
 
-def scalar_map(values: torch.Tensor, schedule: str, steps: int) -> torch.Tensor:
-    for a, b, c in coefficients(schedule, steps):
-        values = a * values + b * values**3 + c * values**5
+def scalar_map(values: torch.Tensor, rows: tuple[Polynomial, ...]) -> torch.Tensor:
+    for row in rows:
+        values = sum(c * values ** (2 * i + 1) for i, c in enumerate(row))
     return values
 
 
-@pytest.mark.parametrize(("schedule", "steps"), PAIRS)
-def test_every_singular_value_follows_the_scalar_polynomial(schedule, steps):
+@pytest.mark.parametrize(
+    "rows", [*(coefficients(*pair) for pair in PAIRS), *PION, ((2.0, -1.5, 0.4, 0.1, -0.1),)]
+)
+def test_every_singular_value_follows_the_scalar_polynomial(rows):
     X = matrix(24, 40)
-    rows = coefficients(schedule, steps)
     expected = polar_by_hand(X, rows)
     found = polar(X, rows=rows, dtype=FP64)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -44,7 +48,9 @@ def test_every_singular_value_follows_the_scalar_polynomial(schedule, steps):
 
 @pytest.mark.parametrize(("schedule", "steps"), PAIRS)
 def test_every_allowed_pair_brings_singular_values_near_one(schedule, steps):
-    values = scalar_map(torch.linspace(0.05, 1.0, 20_001, dtype=FP64), schedule, steps)
+    values = scalar_map(
+        torch.linspace(0.05, 1.0, 20_001, dtype=FP64), coefficients(schedule, steps)
+    )
     assert values.min() > 0.67
     assert values.max() < 1.31
 
@@ -56,6 +62,49 @@ def test_every_allowed_pair_brings_singular_values_near_one(schedule, steps):
 def test_a_step_count_that_a_schedule_was_not_made_for_is_refused(schedule, steps):
     with pytest.raises(ConfigError, match=f"muon_num_ns_steps={steps}.*{schedule}"):
         coefficients(schedule, steps)
+
+
+def test_minimax_is_what_its_derivation_gives():
+    rows = composed([5, 7, 5, 7], 0.002, margin=0.01, top=1.12)
+    rounded = tuple(tuple(round(c, 4) for c in row) for row in rows)
+    assert rounded == SCHEDULES["minimax"].rows
+
+
+def test_minimax_treats_no_singular_value_worse_than_simple_does():
+    values = torch.logspace(-5, 0, 100_001, dtype=FP64)
+    ours, simple = (
+        scalar_map(values, coefficients(*pair)) for pair in (("minimax", 4), ("simple", 5))
+    )
+    seen = values >= 0.01
+    assert simple[seen].min() < 0.69 < 0.83 < ours[seen].min()
+    assert ours[seen].max() < 1.1201 < 1.13 < simple[seen].max()
+    assert ours[0] > simple[0]  # the slope at zero
+    assert torch.all(ours >= 0.99 * simple.clamp(max=0.83))
+
+
+@pytest.mark.parametrize(
+    ("promotion", "edge"), [(0, 0.798), (1, 0.492), (2, 0.263), (3, 0.131), (4, 0.060)]
+)
+def test_pion_passes_the_strong_directions_and_stops_the_weak_ones(promotion, edge):
+    values = torch.linspace(0, 1, 1001, dtype=FP64)
+    passed = scalar_map(values, PION[promotion])
+    assert torch.all(passed.diff() > -1e-12)
+    assert passed[0] == 0
+    assert passed[-1] == pytest.approx(1, abs=1e-12)
+    assert (passed - 0.5).abs().argmin() == round(1000 * edge)
+    assert passed[values < edge / 4].max() < 0.02
+
+
+def test_pion_keeps_the_strong_direction_of_a_matrix_and_drops_the_noise():
+    strong = matrix(24, 1) @ matrix(1, 40, seed=1)
+    found = polar(strong + 0.05 * matrix(24, 40, seed=2), rows=PION[1], dtype=FP64)
+    torch.testing.assert_close(found, strong / strong.norm(), rtol=0, atol=0.02)
+    assert torch.linalg.svdvals(found)[1] < 1e-3
+
+
+def test_custom_rows_are_the_schedule():
+    rows = ((3.0, -3.0, 1.0), (1.5, -0.5, 0.0))
+    assert coefficients("custom", 2, rows) == rows
 
 
 def test_the_table_of_step_counts_and_the_table_of_coefficients_name_the_same_schedules():
@@ -94,7 +143,33 @@ def test_a_permutation_of_rows_and_columns_is_carried_over():
 def test_a_batch_is_its_matrices_one_by_one():
     X = matrix(2, 3, 9, 6)
     one_by_one = torch.stack([torch.stack([quintic(m) for m in row]) for row in X])
-    torch.testing.assert_close(quintic(X), one_by_one, rtol=0, atol=1e-14)
+    assert torch.equal(quintic(X), one_by_one)
+
+
+@pytest.mark.parametrize("shape", [(390, 400), (400, 390)])
+@pytest.mark.parametrize("rows", [coefficients("minimax", 4), coefficients("cubic5", 5)])
+def test_products_of_which_half_is_computed_are_whole(shape, rows):
+    X = matrix(*shape)
+    torch.testing.assert_close(
+        polar(X, rows=rows, dtype=FP64), polar_by_hand(X, rows), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-300, 2.0**300, 2.0**1000])
+def test_in_fp64_the_scale_does_not_matter_either(scale):
+    X = matrix(16, 24)
+    torch.testing.assert_close(quintic(X * scale), quintic(X), rtol=0, atol=0)
+
+
+def test_a_matrix_of_subnormal_numbers_is_brought_up_to_size():
+    X = torch.ones(8, 12) * 2.0**-149
+    torch.testing.assert_close(quintic(X), quintic(torch.ones(8, 12)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_matrix_in_half_precision_is_normalised_in_single(dtype):
+    X = matrix(16, 24).to(dtype)
+    torch.testing.assert_close(quintic(X), quintic(X.double()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,7 +195,7 @@ def test_a_matrix_that_is_not_finite_does_not_become_finite(bad):
 
 def test_a_row_is_divided_by_its_length():
     X = matrix(1, 50)
-    close_to_one = scalar_map(torch.ones((), dtype=FP64), "quintic", 5)
+    close_to_one = scalar_map(torch.ones((), dtype=FP64), coefficients("quintic", 5))
     torch.testing.assert_close(quintic(X), close_to_one * X / X.norm(), rtol=0, atol=1e-13)
 
 

@@ -1,6 +1,6 @@
 """CPU-seconds of one optimizer step: ours, against torch.optim.Muon with fused AdamW.
 
-    OMP_NUM_THREADS=1 python tools/benchmarks/muon_step.py [--repeats 7] [--models tiny small]
+    OMP_NUM_THREADS=1 python tools/benchmarks/muon.py [--repeats 7] [--models tiny small]
 
 Weights and gradients of a Qwen2-shaped model are fixed; what is timed is `step()` alone. Both sides
 use the coefficients of `simple`, five steps, bf16, and the scale `match_rms_adamw`; repeats are
