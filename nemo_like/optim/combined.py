@@ -97,8 +97,8 @@ class CombinedOptimizer(Optimizer):
         found: dict[str, Tensor] = {}
         for group, parameters, lr in self._stepped:
             squares = _update_squares(group, parameters, self.state)
-            update = total_over_shards(squares, parameters)
-            weights = total_over_shards(local_squares(parameters), parameters)
+            both = torch.stack([squares, local_squares(parameters)])
+            update, weights = total_over_shards(both, parameters)
             count = sum(p.numel() for p in parameters)
             found |= sizes(group["algorithm"], lr, update=update, weights=weights, count=count)
         for muons in self._muons:

@@ -37,15 +37,21 @@ def spectrum(X: Tensor, update: Tensor, gain: float) -> Tensor:
     short = min(X.shape[-2:])
     normal = X / X.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
     before, after = _gram(normal.to(update.dtype)), _gram(update / gain)
-    trace = before.diagonal(dim1=-2, dim2=-1).sum(-1)
-    rank = trace.square() / before.square().sum((-2, -1)).clamp_min(1e-300) / short
-    error = (after - torch.eye(short, device=X.device)).square().sum((-2, -1)) / short
-    return torch.stack([update.double().square().sum((-2, -1)), rank, error.sqrt()], dim=-1)
+    trace = before.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
+    rank = trace.square() / _squares(before).clamp_min(1e-300) / short
+    after.diagonal(dim1=-2, dim2=-1).sub_(1)
+    error = (_squares(after) / short).sqrt()
+    return torch.stack([_squares(update), rank, error], dim=-1)
 
 
 def _gram(X: Tensor) -> Tensor:
     wide = X if X.shape[-2] <= X.shape[-1] else X.mT
-    return (wide @ wide.mT).double()
+    return wide @ wide.mT
+
+
+def _squares(X: Tensor) -> Tensor:
+    """The sum of squares of each matrix, in fp64 without a copy of it in fp64."""
+    return torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float64).square()
 
 
 def sizes(

@@ -21,11 +21,13 @@ def local_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def total_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of `sums` over ranks, where entry i counts this rank's part of tensor i.
+    """The sum of `sums` over ranks and tensors, where entry i is of this rank's part of tensor i.
 
     Tensors are put together by the process groups they are sharded over, so this takes one small
     all-reduce per group: one for FSDP, two for FSDP with tensor parallelism. Every rank must call
     it.
+
+    Shapes: sums [..., len(tensors)] -> [...].
 
     Raises:
         ValueError: a tensor holds partial sums, which have no norm before they are reduced.
@@ -33,13 +35,13 @@ def total_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     kinds = [_shard_groups(tensor) for tensor in tensors]
     distinct = list(dict.fromkeys(kinds))
     index = torch.tensor([distinct.index(kind) for kind in kinds], device=sums.device)
-    totals = sums.new_zeros(len(distinct)).index_add_(0, index, sums)
+    totals = sums.new_zeros(*sums.shape[:-1], len(distinct)).index_add_(-1, index, sums)
     for group in dict.fromkeys(group for kind in distinct for group in kind):
         sharded = torch.tensor([group in kind for kind in distinct], device=sums.device)
         reduced = totals.clone()
         dist.all_reduce(reduced, group=group)
         totals = torch.where(sharded, reduced, totals)
-    return totals.sum()
+    return totals.sum(-1)
 
 
 def _shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
