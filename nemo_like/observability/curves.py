@@ -39,9 +39,15 @@ _CHARTS: tuple[tuple[str, str, str], ...] = (
     ("Reward", "", r"(?:train|validation)/reward"),
     ("Learning rate", "", r"train/lr"),
     ("Gradient norm", "", r"train/grad_norm"),
-    ("Size of an update (RMS)", "", r"train/(.+)/update_rms"),
+    ("Size of an update (RMS)", "", r"train/([^/]+)/update_rms"),
     ("Tokens per second", "", r"performance/tokens_per_s"),
     ("Model FLOPs utilisation", "%", r"performance/mfu"),
+    ("Muon: size of an update, by kind of matrix (RMS)", "", r"train/muon/(.+)/update_rms"),
+    ("Muon: update to weight", "", r"train/muon/(.+)/update_to_weight"),
+    ("Muon: effective rank of what is orthogonalised", "%", r"train/muon/(.+)/effective_rank"),
+    ("Muon: orthogonality error", "", r"train/muon/(.+)/orthogonality_error"),
+    ("Muon: time in the exchange", "ms", r"train/muon/(newton_schulz|exchange_wait)_ms"),
+    ("Muon: time of a bucket", "ms", r"train/muon/(bucket\d+)/ms"),
 )
 _LINE_NAMES = {
     "train/loss": "training",

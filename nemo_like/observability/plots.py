@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 _INK, _LINE = "#010203", "#010204"
 """Colours that nothing else has: they become CSS variables, so a drawing is light and dark."""
-_COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16")
+_COLOURS = (
+    *("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16"),
+    *("#a16207", "#64748b", "#1e3a8a", "#be123c"),
+)
 _FEW_POINTS = 30
 _MANY_POINTS = 60
 

@@ -69,7 +69,7 @@ def transport(
 ) -> dict[str, Tensor]:
     """What it took to bring matrices to their owners, computing there, and back, as metrics.
 
-    Nothing where there are no buckets; of single buckets only where they are few.
+    Nothing where there are no buckets; of single buckets only where they are several, and few.
 
     Shapes: megabytes [buckets]; milliseconds [buckets, 3], columns in the order of `Phase`.
     """
@@ -84,7 +84,7 @@ def transport(
         "muon/newton_schulz_ms": compute.sum(),
         "muon/slowest_bucket_ms": milliseconds.sum(1).max(),
     }
-    if len(megabytes) <= FEW_BUCKETS:
+    if 1 < len(megabytes) <= FEW_BUCKETS:
         for i, row in enumerate(milliseconds):
             found |= {f"muon/bucket{i}/mb": sent[i], f"muon/bucket{i}/ms": row.sum()}
     return found

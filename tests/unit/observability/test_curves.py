@@ -42,6 +42,25 @@ def test_charts_name_their_lines():
     assert lines["Size of an update (RMS)"] == {"muon", "adamw"}
 
 
+def test_what_is_told_of_muon_now_and_then_is_drawn_together_by_kind_of_matrix():
+    kinds = ("q_proj", "experts.up_proj")
+    measures = ("update_rms", "update_to_weight", "effective_rank", "orthogonality_error")
+    now_and_then = {1: 0.3, 11: 0.2}
+    series = SERIES | {f"train/muon/{k}/{m}": now_and_then for k in kinds for m in measures}
+    series |= {f"train/muon/{m}_ms": now_and_then for m in ("newton_schulz", "exchange_wait")}
+    series |= {f"train/muon/bucket{i}/{m}": now_and_then for i in range(2) for m in ("ms", "mb")}
+    charts = [c for c in charts_of(series) if c.title.startswith("Muon")]
+    assert [set(c.lines) for c in charts] == [
+        *[set(kinds)] * len(measures),
+        {"newton_schulz", "exchange_wait"},
+        {"bucket0", "bucket1"},
+    ]
+    assert all(points == now_and_then for c in charts for points in c.lines.values())
+    assert {c.title: c for c in charts_of(SERIES)}.items() <= {
+        c.title: c for c in charts_of(series)
+    }.items()
+
+
 def test_the_phases_of_the_chart_add_up_to_the_wall_time():
     chart = charts_of(SERIES)[-1]
     assert chart.is_stacked

@@ -39,8 +39,8 @@ def test_the_exchange_is_told_as_totals_and_as_its_slowest_bucket():
     assert transport([], table[:0], 1.0) == {}
 
 
-def test_many_buckets_have_no_metrics_of_their_own():
-    count = FEW_BUCKETS + 1
+@pytest.mark.parametrize("count", [1, FEW_BUCKETS + 1])
+def test_one_bucket_and_many_buckets_have_no_metrics_of_their_own(count):
     found = transport([1.0] * count, torch.ones(count, 3), 1.0)
     assert len(found) == 5
     assert found["muon/exchange_wait_ms"] == 2 * count
