@@ -103,6 +103,11 @@ class TrainBatch:
     Example, of two sequences "ab" -> "c" and "d" -> "ef":
         token_ids_N = [a b c d e f], loss_mask_N = [0 0 1 0 1 1], lengths_B = [3 3],
         num_loss_tokens = 3
+
+    Batches made of rollouts carry advantages and log-probabilities (nats) besides, 0 on the tokens
+    of prompts. A sequence that was taken out has a mask without a token, and is not counted.
+    `old_logprobs_N` is None where a step updates the weights once: old is then what the model
+    itself computes, without its gradient.
     """
 
     token_ids_N: Tensor
@@ -110,6 +115,10 @@ class TrainBatch:
     lengths_B: Tensor
     num_loss_tokens: int
     num_sequences: int
+    advantages_N: Tensor | None = None
+    old_logprobs_N: Tensor | None = None
+    sampled_logprobs_N: Tensor | None = None
+    ref_logprobs_N: Tensor | None = None
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> TrainBatch:
