@@ -160,13 +160,14 @@ def polar(
     Shapes: X [..., R, C] -> [..., R, C]; keep [...], bool.
 
     Source: Jordan et al., https://kellerjordan.github.io/posts/muon/. Changed: normalised before
-    the cast to `dtype`, by two scale-free divisions instead of a norm with an epsilon under it,
-    which silently shrinks the update of a tiny gradient.
+    the cast to `dtype`, by a norm without an epsilon under it, which silently shrinks the update of
+    a tiny gradient.
     """
     # A step is linear in its coefficients, so the gain costs nothing in the last one.
     rows = (*rows[:-1], tuple(gain * coefficient for coefficient in rows[-1]))
     if X.device.type != "cpu":
-        return _steps(_normalized(X, keep).to(dtype), rows)
+        keep = None if keep is None else keep.flatten()
+        return _steps(_normalized(_listed(X), keep).to(dtype), rows).view(X.shape)
     # There one by one: batched products of transposed matrices run at two thirds of the speed.
     results = X.new_empty(X.shape, dtype=dtype)
     every = [None] * X.shape[:-2].numel() if keep is None else keep.flatten()
@@ -176,7 +177,7 @@ def polar(
 
 
 def _listed(X: Tensor) -> Tensor:
-    return X.view(-1, *X.shape[-2:])
+    return X.reshape(-1, *X.shape[-2:])
 
 
 def _normalized(X: Tensor, keep: Tensor | None) -> Tensor:
@@ -187,7 +188,7 @@ def _normalized(X: Tensor, keep: Tensor | None) -> Tensor:
     # Farther out the squares overflow or vanish; a power of two brings them back unchanged.
     scale = torch.ones_like(norm).masked_fill_(norm > large, large**-3)
     scale.masked_fill_(norm < 1 / large, large**3)
-    if X.device.type != "cpu" or scale != 1:  # to ask a GPU would be to wait for it
+    if X.device.type != "cpu" or (scale != 1).any():  # to ask a GPU would be to wait for it
         X = X * scale
         norm = _norm(X)
     if keep is not None:
@@ -201,34 +202,47 @@ def _norm(X: Tensor) -> Tensor:
 
 def _steps(X: Tensor, rows: tuple[Polynomial, ...], out: Tensor | None = None) -> Tensor:
     """The steps on one matrix [R, C], or on a batch [B, R, C] at once."""
-    alone = X.ndim == 2
-    product, symmetric = (torch.addmm, _symmetric) if alone else (torch.baddbmm, torch.baddbmm)
     # The smaller of XX^T and X^TX: a tall matrix is never transposed in memory, only in effect.
     tall = X.shape[-2] > X.shape[-1]
-    side = min(X.shape[-2:])
-    unread = X.new_empty(*X.shape[:-2], side, side)
     for i, (a, *higher) in enumerate(rows, start=1):
-        gram = symmetric(unread, *((X.mT, X) if tall else (X, X.mT)), beta=0)
+        gram = _symmetric(*((X.mT, X) if tall else (X, X.mT)))
         # Horner's scheme: bA + cA^2 is (b + cA) A.
         step, alpha = gram, higher.pop()
         while higher:
-            step, alpha = symmetric(gram, gram, step, beta=higher.pop(), alpha=alpha), 1.0
+            step, alpha = _symmetric(gram, step, gram, beta=higher.pop(), alpha=alpha), 1.0
         factors = (X, step) if tall else (step, X)
-        X = product(X, *factors, beta=a, alpha=alpha, out=out if i == len(rows) else None)
+        X = _product(*factors, X, beta=a, alpha=alpha, out=out if i == len(rows) else None)
     return X
 
 
-def _symmetric(S: Tensor, P: Tensor, Q: Tensor, *, beta: float, alpha: float = 1) -> Tensor:
-    """The matrix beta S + alpha PQ, symmetric: of a large one little more than half is computed."""
-    side = len(P)
-    if side < 2 * BLOCK:
-        return torch.addmm(S, P, Q, beta=beta, alpha=alpha)
-    whole = S.new_empty(side, side)
+def _product(
+    P: Tensor,
+    Q: Tensor,
+    S: Tensor | None,
+    *,
+    beta: float,
+    alpha: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The matrices beta S + alpha PQ, or PQ without an S."""
+    if S is None:
+        return P @ Q
+    add = torch.addmm if P.ndim == 2 else torch.baddbmm
+    return add(S, P, Q, beta=beta, alpha=alpha, out=out)
+
+
+def _symmetric(
+    P: Tensor, Q: Tensor, S: Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """A product that is known to be symmetric: of one large matrix, half of it is mirrored."""
+    side = P.shape[-2]
+    if P.ndim > 2 or side < 2 * BLOCK:
+        return _product(P, Q, S, beta=beta, alpha=alpha)
+    whole = P.new_empty(side, side)
     for start in range(0, side, BLOCK):
         stop = min(start + BLOCK, side)
-        block = torch.addmm(
-            S[start:, start:stop], P[start:], Q[:, start:stop], beta=beta, alpha=alpha
-        )
+        added = None if S is None else S[start:, start:stop]
+        block = _product(P[start:], Q[:, start:stop], added, beta=beta, alpha=alpha)
         whole[start:, start:stop] = block
         whole[start:stop, stop:] = block[stop - start :].mT
     return whole

@@ -7,7 +7,14 @@ from muon_by_hand import polar_by_hand
 
 from nemo_like.config.optimizer import NEWTON_SCHULZ_STEPS
 from nemo_like.errors import ConfigError
-from nemo_like.optim.newton_schulz import SCHEDULES, Polynomial, coefficients, polar
+from nemo_like.optim.newton_schulz import (
+    SCHEDULES,
+    Polynomial,
+    _normalized,
+    _steps,
+    coefficients,
+    polar,
+)
 
 PAIRS = [
     ("quintic", 5),
@@ -191,6 +198,16 @@ def test_a_matrix_that_is_not_finite_does_not_become_finite(bad):
     X = matrix(4, 7)
     X[1, 2] = bad
     assert quintic(X).isnan().any()
+
+
+@pytest.mark.parametrize("rows", [coefficients("minimax", 4), coefficients("cubic5", 5), PION[2]])
+@pytest.mark.parametrize("shape", [(3, 20, 30), (3, 30, 20)])
+def test_a_whole_batch_at_once_as_on_a_gpu_takes_the_same_steps(shape, rows):
+    X = matrix(*shape) * torch.tensor([1.0, 2.0**300, 2.0**-300], dtype=FP64)[:, None, None]
+    keep = torch.tensor([True, True, False])
+    torch.testing.assert_close(
+        _steps(_normalized(X, keep), rows), polar(X, rows=rows, dtype=FP64, keep=keep)
+    )
 
 
 def test_a_row_is_divided_by_its_length():
