@@ -30,9 +30,9 @@ def dry_run_sft(tree: SFTTree) -> int:
         placement = place(tree.cluster, parallel_sizes(tree.policy), gpus_found=count_local_gpus())
         console.table(_run_table(tree, placement))
         if isinstance(tree.policy.backend, DTensorConfig):
-            routing = _routing(tree.policy)
+            routing = planned_routing(tree.policy)
             console.table(ownership_table([vars_of(row) for row in routing.rows]))
-            for table in outlook_tables(_outlook(tree.policy, routing, placement)):
+            for table in outlook_tables(planned_outlook(tree.policy, routing, placement)):
                 console.table(table)
             console.table(_memory_table(routing.rows, tree.policy.backend, placement))
     except NemoLikeError as error:
@@ -47,7 +47,7 @@ def vars_of(row: Owner) -> dict[str, object]:
     return {"name": row.name, "shape": row.shape, "optimizer": row.optimizer, "reason": row.reason}
 
 
-def _routing(policy: PolicyConfig) -> Routing:
+def planned_routing(policy: PolicyConfig) -> Routing:
     """The routing that training would use, of a model without memory; needs no weights."""
     from nemo_like.backends.dtensor.model import load_hf_config, named_parameters, new_hf_model
     from nemo_like.optim.build import build_optimizer
@@ -64,7 +64,7 @@ def _routing(policy: PolicyConfig) -> Routing:
     return routing
 
 
-def _outlook(policy: PolicyConfig, routing: Routing, placement: Placement) -> dict[str, str]:
+def planned_outlook(policy: PolicyConfig, routing: Routing, placement: Placement) -> dict[str, str]:
     """What to expect of Muon on these ranks, where training would lay its matrices."""
     import torch
     from torch.distributed.tensor import Replicate, Shard
