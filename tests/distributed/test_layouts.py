@@ -145,11 +145,14 @@ def test_layout_takes_the_steps_of_one_process(models, pool, alone, name, world,
     assert_same_training(over_ranks(results), alone(name))
 
 
-@pytest.mark.parametrize(
-    ("world", "dtensor"), [(2, {}), (4, TP)], ids=["FSDP2 over 2", "FSDP2 x TP"]
-)
-def test_muon_takes_the_steps_of_one_process(models, pool, alone, world, dtensor):
-    options = {"optimizer": {"optimizer": "muon"}, "steps": 5}
+@pytest.mark.parametrize("split_heads", [False, True], ids=["whole", "by head"])
+@pytest.mark.parametrize(("world", "dtensor", "label"), LAYOUTS, ids=[x[2] for x in LAYOUTS])
+def test_muon_takes_the_steps_of_one_process(
+    models, pool, alone, world, dtensor, label, split_heads
+):
+    # A small bucket, so that several are on their way at once.
+    muon = {"optimizer": "muon", "muon_split_heads": split_heads, "muon_bucket_mb": 0.02}
+    options = {"optimizer": muon}
     results = pool(world).run(
         train_on_this_rank, str(models / "qwen3"), dtensor, options, timeout_s=120
     )
