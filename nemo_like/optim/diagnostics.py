@@ -10,6 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from nemo_like.optim.newton_schulz import gram
+
 FEW_BUCKETS = 8
 """So many have metrics of their own."""
 
@@ -36,7 +38,7 @@ def spectrum(X: Tensor, update: Tensor, gain: float) -> Tensor:
     """
     short = min(X.shape[-2:])
     normal = X / X.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
-    before, after = _gram(normal.to(update.dtype)), _gram(update / gain)
+    before, after = _grams(normal.to(update.dtype)), _grams(update / gain)
     trace = before.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
     rank = trace.square() / _squares(before).clamp_min(1e-300) / short
     after.diagonal(dim1=-2, dim2=-1).sub_(1)
@@ -44,9 +46,9 @@ def spectrum(X: Tensor, update: Tensor, gain: float) -> Tensor:
     return torch.stack([_squares(update), rank, error], dim=-1)
 
 
-def _gram(X: Tensor) -> Tensor:
-    wide = X if X.shape[-2] <= X.shape[-1] else X.mT
-    return wide @ wide.mT
+def _grams(X: Tensor) -> Tensor:
+    # As in `polar`: on a CPU one by one, which takes two thirds of the time of a batch.
+    return torch.stack([gram(one) for one in X]) if X.device.type == "cpu" else gram(X)
 
 
 def _squares(X: Tensor) -> Tensor:

@@ -202,17 +202,24 @@ def _norm(X: Tensor) -> Tensor:
 
 def _steps(X: Tensor, rows: tuple[Polynomial, ...], out: Tensor | None = None) -> Tensor:
     """The steps on one matrix [R, C], or on a batch [B, R, C] at once."""
-    # The smaller of XX^T and X^TX: a tall matrix is never transposed in memory, only in effect.
     tall = X.shape[-2] > X.shape[-1]
     for i, (a, *higher) in enumerate(rows, start=1):
-        gram = _symmetric(*((X.mT, X) if tall else (X, X.mT)))
+        A = gram(X)
         # Horner's scheme: bA + cA^2 is (b + cA) A.
-        step, alpha = gram, higher.pop()
+        step, alpha = A, higher.pop()
         while higher:
-            step, alpha = _symmetric(gram, step, gram, beta=higher.pop(), alpha=alpha), 1.0
+            step, alpha = _symmetric(A, step, A, beta=higher.pop(), alpha=alpha), 1.0
         factors = (X, step) if tall else (step, X)
         X = _product(*factors, X, beta=a, alpha=alpha, out=out if i == len(rows) else None)
     return X
+
+
+def gram(X: Tensor) -> Tensor:
+    """The smaller of XX^T and X^TX: a tall matrix is not transposed in memory, only in effect.
+
+    Shapes: X [R, C], or a batch [B, R, C] at once -> [..., s, s] with s = min(R, C).
+    """
+    return _symmetric(*((X.mT, X) if X.shape[-2] > X.shape[-1] else (X, X.mT)))
 
 
 def _product(
