@@ -155,7 +155,7 @@ def polar(
 
     It does not depend on the scale of X, down to the smallest normal number; a zero matrix gives
     zero, and a matrix with a NaN or an infinity gives NaN. Matrices that `keep` is false for give
-    zero (NaN, too, where they are not finite), on the device, without asking it.
+    zero, on the device, without asking it (on a GPU NaN where they are not finite).
 
     Shapes: X [..., R, C] -> [..., R, C]; keep [...], bool.
 
@@ -170,9 +170,12 @@ def polar(
         return _steps(_normalized(_listed(X), keep).to(dtype), rows).view(X.shape)
     # There one by one: batched products of transposed matrices run at two thirds of the speed.
     results = X.new_empty(X.shape, dtype=dtype)
-    every = [None] * X.shape[:-2].numel() if keep is None else keep.flatten()
+    every = [True] * X.shape[:-2].numel() if keep is None else keep.flatten().tolist()
     for one, kept, result in zip(_listed(X), every, _listed(results), strict=True):
-        _steps(_normalized(one, kept).to(dtype), rows, out=result)
+        if kept:
+            _steps(_normalized(one).to(dtype), rows, out=result)
+        else:
+            result.zero_()
     return results
 
 
@@ -180,20 +183,20 @@ def _listed(X: Tensor) -> Tensor:
     return X.reshape(-1, *X.shape[-2:])
 
 
-def _normalized(X: Tensor, keep: Tensor | None) -> Tensor:
-    """Each matrix divided by its Frobenius norm; zero stays zero."""
+def _normalized(X: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Each matrix divided by its Frobenius norm; zero stays zero, and so does what is not kept."""
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     large = 2.0**256 if X.dtype == torch.float64 else 2.0**32
     norm = _norm(X)
-    # Farther out the squares overflow or vanish; a power of two brings them back unchanged.
-    scale = torch.ones_like(norm).masked_fill_(norm > large, large**-3)
-    scale.masked_fill_(norm < 1 / large, large**3)
-    if X.device.type != "cpu" or (scale != 1).any():  # to ask a GPU would be to wait for it
-        X = X * scale
-        norm = _norm(X)
+    # To ask a GPU for numbers would be to wait for it, so there the rest is always done.
+    if X.device.type != "cpu" or not all(1 / large < n < large for n in norm.flatten().tolist()):
+        # Farther out squares overflow or vanish; a power of two brings them back unchanged.
+        scale = torch.ones_like(norm).masked_fill_(norm > large, large**-3)
+        X = X * scale.masked_fill_(norm < 1 / large, large**3)
+        norm = _norm(X).clamp_(min=torch.finfo(X.dtype).tiny)
     if keep is not None:
         norm = torch.where(keep[..., None, None], norm, torch.inf)
-    return X / norm.clamp(min=torch.finfo(X.dtype).tiny)
+    return X / norm
 
 
 def _norm(X: Tensor) -> Tensor:

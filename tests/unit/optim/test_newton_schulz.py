@@ -234,4 +234,4 @@ def test_a_matrix_that_is_not_kept_gives_exactly_zero(shape):
     X, rows = matrix(*shape), coefficients("quintic", 5)
     found = polar(X, rows=rows, dtype=FP64, keep=torch.tensor([True, False, True]))
     assert not found[1].any()
-    torch.testing.assert_close(found[::2], polar(X, rows=rows, dtype=FP64)[::2], rtol=0, atol=1e-15)
+    assert torch.equal(found[::2], polar(X[::2], rows=rows, dtype=FP64))
