@@ -99,6 +99,7 @@ def muon_rule(config: OptimizerConfig) -> MuonRule:
             config.muon_coefficient_type,
             config.muon_num_ns_steps,
             custom=config.muon_ns_coefficients,
+            promotion=config.muon_promotion_steps,
         ),
         ns_dtype=dtype,
         wire_dtype=config.muon_wire_dtype and getattr(torch, config.muon_wire_dtype),

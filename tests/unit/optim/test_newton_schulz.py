@@ -5,8 +5,9 @@ import torch
 from minimax import composed
 from muon_by_hand import polar_by_hand
 
-from nemo_like.config.optimizer import NEWTON_SCHULZ_STEPS
+from nemo_like.config.optimizer import NEWTON_SCHULZ_STEPS, OptimizerConfig
 from nemo_like.errors import ConfigError
+from nemo_like.optim.build import muon_rule
 from nemo_like.optim.newton_schulz import (
     SCHEDULES,
     Polynomial,
@@ -109,9 +110,14 @@ def test_pion_keeps_the_strong_direction_of_a_matrix_and_drops_the_noise():
     assert torch.linalg.svdvals(found)[1] < 1e-3
 
 
-def test_custom_rows_are_the_schedule():
-    rows = ((3.0, -3.0, 1.0), (1.5, -0.5, 0.0))
-    assert coefficients("custom", 2, rows) == rows
+def test_the_keys_of_pion_and_of_custom_rows_reach_the_rule():
+    pion = OptimizerConfig(muon_coefficient_type="pion", muon_promotion_steps=2)
+    assert muon_rule(pion).polynomials == PION[2]
+    rows = ((1.9, -1.2, 0.3), (1.5, -0.5, 0.0))
+    custom = OptimizerConfig(
+        muon_coefficient_type="custom", muon_ns_coefficients=rows, muon_num_ns_steps=2
+    )
+    assert muon_rule(custom).polynomials == rows
 
 
 def test_the_table_of_step_counts_and_the_table_of_coefficients_name_the_same_schedules():
