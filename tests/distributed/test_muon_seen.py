@@ -19,7 +19,7 @@ from nemo_like.optim.layout import layout_on
 from nemo_like.optim.plan import make_plan
 
 CPU = torch.device("cpu")
-SLOW_S = 0.1
+SLOW_S = 0.3
 
 
 def run_with_a_slow_owner() -> list[list[float]]:
