@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from nemo_like.config.compat import ABSENT, IGNORED
+from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.help import markdown
 from nemo_like.config.sft import SFTTree
 
@@ -42,8 +43,16 @@ and line or the override it comes from, before anything is started; the exit cod
 when that backend trains.
 """
 
+GRPO = """
+# GRPO and DAPO
+
+`examples/run_grpo.py` has the keys above, without the block `sft`, and these. It is DAPO with
+`grpo.use_dynamic_sampling` or `grpo.reward_shaping.enabled`.
+
+"""
+
 COMPATIBILITY = """
-## Configs written for NeMo-RL
+# Configs written for NeMo-RL
 
 They have the same keys. `policy.optimizer: {name: torch.optim.AdamW, kwargs: {...}}`, lists of
 torch schedulers, `_override_: true` in a section and short names of data sets are understood; only
@@ -68,7 +77,8 @@ def document() -> str:
         "".join(f"| `{path}` | {reason} |\n" for path, reason in table.items())
         for table in (ABSENT, IGNORED)
     )
-    return f"{INTRODUCTION}\n{markdown(SFTTree)}{COMPATIBILITY}{absent}{NOTED}{ignored}"
+    tables = f"{markdown(SFTTree)}{GRPO}{markdown(GRPOTree, besides=SFTTree)}"
+    return f"{INTRODUCTION}\n{tables}{COMPATIBILITY}{absent}{NOTED}{ignored}"
 
 
 def main() -> int:

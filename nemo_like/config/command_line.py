@@ -8,14 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, NoReturn
+from typing import Any, Generic, Literal, NoReturn
 
 from nemo_like.config import compat, compose
-from nemo_like.config.base import Node
 from nemo_like.config.draft import DEFAULT, Origin, Problem
 from nemo_like.config.help import help_text
 from nemo_like.config.report import nearest_choice, report
 from nemo_like.config.schema import defaults, known_paths
+from nemo_like.config.tree import RunTree
 from nemo_like.config.validate import Tree, validate
 from nemo_like.errors import ConfigError
 
@@ -30,6 +30,8 @@ NOT_THE_RUN = (
     "make_sequence_length_divisible_by",
 )
 """Fields of the policy that say how its steps are computed, not which steps they are."""
+ENGINES = {"vllm_cfg", "colocated", "mismatch", "max_num_seqs", "num_cpu_engines"}
+"""The same of the rollouts."""
 Mode = Literal["run", "dry_run", "print_config", "help"]
 OPTIONS = {
     "--config": "FILE     the configuration (from here, from the repository, or from its configs/)",
@@ -135,18 +137,15 @@ def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> compo
         raise ConfigError(report([*problems, Problem(str(error))])) from error
 
 
-def _named_after(node: Node, path: Path) -> str:
+def _named_after(node: RunTree, path: Path) -> str:
     """A checkpoint folder for this model, data, seed and start: each configuration has its own."""
     how = {"env_vars", "activation_checkpointing", "cpu_offload"}
+    shared: dict[str, Any] = {"policy": True, "data": True, "checkpointing": {"start_from"}}
     what = node.model_dump_json(
-        include={
-            "policy": True,
-            "data": True,
-            "sft": {"seed", "only_unmask_final"},
-            "checkpointing": {"start_from"},
-        },
+        include={**shared, **node.identity},
         exclude={
-            "policy": {"dtensor_cfg": how, "megatron_cfg": how} | dict.fromkeys(NOT_THE_RUN, True),
+            "policy": {"dtensor_cfg": how, "megatron_cfg": how, "generation": ENGINES}
+            | dict.fromkeys(NOT_THE_RUN, True),
             "data": {"num_workers", "bad_rows", "max_bad_rows"},
         },
     )

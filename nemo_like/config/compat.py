@@ -14,10 +14,13 @@ from nemo_like.config.optimizer import NO_WARM_UP
 from nemo_like.config.torch_optimizers import translate_optimizer, translate_scheduler
 
 _MEGATRON, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
+_GENERATION, _VLLM = "policy.generation", "policy.generation.vllm_cfg"
 _LORA = "LoRA is not built: all weights are trained"
 _MTP = "multi-token prediction is not built"
 _FP8 = "FP8 training is not built"
 _OFFLOAD_ACTIVATIONS = "activations are recomputed, not moved: use activation_checkpointing"
+_TEXT_ONLY = "rollouts are text"
+_PENALTIES = "write what you want to reward as a function: env.custom.reward"
 _RETENTION = "use checkpointing.save_period and keep_top_k; the latest is always kept"
 
 ABSENT: dict[str, str] = {
@@ -58,8 +61,43 @@ ABSENT: dict[str, str] = {
     "data.use_multiple_dataloader": "several sources are mixed by their weight",
     "logger.swanlab_enabled": "sinks are the console, JSONL, TensorBoard, W&B and MLflow",
     "cluster.segment_size": "ranks are placed node by node",
+    "grpo.val_start_at": "validation starts with val_at_start or after the first val_period",
+    "grpo.stop_at_validation_metric": "a run ends at max_num_steps, or by a signal",
+    "grpo.stop_at_validation_threshold": "a run ends at max_num_steps, or by a signal",
+    "grpo.seq_logprob_error_threshold": "use "
+    "loss_fn.truncated_importance_sampling_type=seq-mask-tis",
+    "grpo.invalid_tool_call_advantage": _PENALTIES,
+    "grpo.malformed_thinking_advantage": _PENALTIES,
+    "grpo.deduplicate_multimodal_data": _TEXT_ONLY,
+    "grpo.async_grpo.max_generation_failures": "an engine that fails is replaced",
+    "grpo.async_grpo.in_flight_weight_updates": "a rollout is drawn by one version of the weights",
+    "loss_fn.positive_example_nll_weight": "the loss is a policy gradient alone",
+    "reward_penalties": _PENALTIES,
+    "data_plane": "batches travel through Ray's object store",
+    "on_policy_distillation": "distillation is not built",
+    f"{_GENERATION}.vllm_kwargs": "engines are made from vllm_cfg alone, so that what they promise "
+    "holds",
+    f"{_VLLM}.pipeline_parallel_size": "an engine is one machine's: use tensor_parallel_size",
+    f"{_VLLM}.expert_parallel_size": "experts are shared by tensor_parallel_size",
+    f"{_VLLM}.kv_cache_dtype": "the cache has the type of the weights",
+    f"{_VLLM}.logprobs_mode": "log-probabilities are those of the distribution drawn from",
+    f"{_VLLM}.use_deep_gemm": _FP8,
+    f"{_VLLM}.num_first_layers_in_bf16": _FP8,
+    f"{_VLLM}.num_last_layers_in_bf16": _FP8,
+    "env.math.verifier_type": "choose by math_verify_impl",
 }
 """Features that are absent, with the reason; saying "off" is allowed."""
+
+AS_IT_IS: dict[str, Any] = {
+    "grpo.val_start_at": -1,
+    f"{_DTENSOR}.expert_parallel_size": 1,
+    f"{_VLLM}.pipeline_parallel_size": 1,
+    f"{_VLLM}.expert_parallel_size": 1,
+    f"{_VLLM}.kv_cache_dtype": "auto",
+    f"{_VLLM}.logprobs_mode": "processed_logprobs",
+    "env.math.verifier_type": "math",
+}
+"""Values of `ABSENT` keys that ask for what happens anyway, besides those that say "off"."""
 
 IGNORED: dict[str, str] = {
     "checkpointing.save_consolidated": "model_save_format always writes whole weights",
@@ -83,6 +121,23 @@ IGNORED: dict[str, str] = {
     "logger.monitor_gpus": "peak memory and MFU are logged wherever there is a GPU",
     "logger.gpu_monitoring": "peak memory and MFU are logged wherever there is a GPU",
     "logger.swanlab": "SwanLab is not one of the sinks",
+    "grpo.skip_reference_policy_logprobs_calculation": "the reference is asked where the KL "
+    "penalty is not 0",
+    "grpo.calculate_advantages_on_gpu": "advantages are a few numbers",
+    "grpo.debug_payload_metrics": "all metrics are always logged",
+    "grpo.async_grpo.recompute_kv_cache_after_weight_updates": "no cache outlives its weights",
+    f"{_GENERATION}.val_temperature": "the first answer is greedy, others are drawn as in training",
+    f"{_GENERATION}.val_top_p": "the first answer is greedy, others are drawn as in training",
+    f"{_GENERATION}.val_top_k": "the first answer is greedy, others are drawn as in training",
+    f"{_GENERATION}.port_range_low": "free ports are found by themselves",
+    f"{_GENERATION}.port_range_high": "free ports are found by themselves",
+    f"{_GENERATION}.refit_cfg": "see refit_transport",
+    f"{_GENERATION}.real_quant_export_cpu_offload": "weights are not quantised",
+    f"{_GENERATION}.mcore_generation_config": "the engines are vLLM's, or the small one here",
+    f"{_VLLM}.async_engine": "one kind of engine serves both ways",
+    f"{_VLLM}.use_tqdm": "the run has a progress bar of its own",
+    f"{_VLLM}.enable_vllm_metrics_logger": "what engines do is among the metrics",
+    f"{_VLLM}.vllm_metrics_logger_interval": "what engines do is among the metrics",
     "cluster.master_port_range_low": "free ports are found by themselves",
     "cluster.master_port_range_high": "free ports are found by themselves",
 }
@@ -95,6 +150,12 @@ WITHOUT_VALUE: dict[tuple[str, Any], str] = {
         f"{_MEGATRON}.optimizer.params_dtype",
         "bfloat16",
     ): "the weights in training are fp32 masters; policy.precision says what is computed in",
+    **{
+        (f"{_GENERATION}.backend", name): "rollouts are drawn by vllm, or by hf"
+        for name in ("megatron", "sglang", "dynamo", "trtllm")
+    },
+    ("grpo.adv_estimator.name", "gdpo"): "an environment gives one reward, not several",
+    ("grpo.adv_estimator.name", "opd"): "distillation is not built",
     ("checkpointing.model_save_format", "torch_save"): "pickled weights can run code when loaded",
     **{
         (
@@ -110,6 +171,8 @@ WITHOUT_VALUE: dict[tuple[str, Any], str] = {
 RENAMED: dict[str, str] = {
     "policy.optimizer.muon_nesterov": "policy.optimizer.muon_use_nesterov",
     f"{_MEGATRON}.optimizer.muon_nesterov": f"{_MEGATRON}.optimizer.muon_use_nesterov",
+    "grpo.adv_estimator.normalize_rewards": "grpo.normalize_rewards",
+    "grpo.adv_estimator.use_leave_one_out_baseline": "grpo.use_leave_one_out_baseline",
 }
 """Two spellings of one key."""
 
@@ -121,8 +184,11 @@ NULL_IS_DEFAULT = (
     f"{_MEGATRON}.optimizer",
     f"{_MEGATRON}.scheduler",
     "policy.hf_config_overrides",
+    "policy.logprob_chunk_size",
+    f"{_GENERATION}.stop_strings",
+    f"{_GENERATION}.colocated.resources",
 )
-"""Sections that NeMo-RL files leave null."""
+"""Sections and lists that NeMo-RL files leave null."""
 
 MOVED: dict[str, str] = {
     "sft.lr": "policy.optimizer.lr",
@@ -144,17 +210,50 @@ MOVED: dict[str, str] = {
     "data.system_prompt_file": "data.default.system_prompt_file",
     "checkpointing.async_save": "checkpointing.is_async",
     "sft.checkpoint_dir": "checkpointing.checkpoint_dir",
+    "grpo.lr": "policy.optimizer.lr",
+    "grpo.learning_rate": "policy.optimizer.lr",
+    "grpo.num_generations": "grpo.num_generations_per_prompt",
+    "grpo.kl_coef": "loss_fn.reference_policy_kl_penalty",
+    "grpo.beta": "loss_fn.reference_policy_kl_penalty",
+    "grpo.epsilon": "loss_fn.ratio_clip_min",
+    "grpo.epsilon_high": "loss_fn.ratio_clip_max",
+    "grpo.temperature": "policy.generation.temperature",
+    "grpo.checkpoint_dir": "checkpointing.checkpoint_dir",
+    "loss_fn.kl_coef": "loss_fn.reference_policy_kl_penalty",
+    f"{_GENERATION}.max_tokens": f"{_GENERATION}.max_new_tokens",
+    f"{_GENERATION}.tensor_parallel_size": f"{_VLLM}.tensor_parallel_size",
+    f"{_GENERATION}.gpu_memory_utilization": f"{_VLLM}.gpu_memory_utilization",
+    f"{_VLLM}.max_num_seqs": f"{_GENERATION}.max_num_seqs",
 }
 """Where users look for a key, and where it is: for suggestions only."""
 
+_DAPO = {"input_key": "prompt.0.content", "output_key": "reward_model.ground_truth"}
+_PROBLEM = {"input_key": "problem", "output_key": "answer"}
+_GSM8K = {
+    "dataset_name": "openai/gsm8k",
+    "subset": "main",
+    "input_key": "question",
+    "output_key": "answer",
+}
+_DAPO_17K = {"dataset_name": "BytedTsinghua-SIA/DAPO-Math-17k"} | _DAPO
 DATASETS: dict[str, dict[str, str]] = {
     "OpenMathInstruct-2": {
         "dataset_name": "nvidia/OpenMathInstruct-2",
+        "split": "train_1M",
         "input_key": "problem",
         "output_key": "expected_answer",
     },
+    "DAPOMath17K": _DAPO_17K,
+    "DAPO-Math-17k": _DAPO_17K,
+    "DAPOMathAIME2024": {"dataset_name": "BytedTsinghua-SIA/AIME-2024"} | _DAPO,
+    "AIME2024": {"dataset_name": "HuggingFaceH4/aime_2024"} | _PROBLEM,
+    "MATH-500": {"dataset_name": "HuggingFaceH4/MATH-500", "split": "test"} | _PROBLEM,
+    "math500": {"dataset_name": "HuggingFaceH4/MATH-500", "split": "test"} | _PROBLEM,
+    "DeepScaler": {"dataset_name": "agentica-org/DeepScaleR-Preview-Dataset"} | _PROBLEM,
+    "GSM8K": _GSM8K,
+    "gsm8k": _GSM8K,
 }
-"""NeMo-RL's short names of data sets, and the columns its loaders read."""
+"""Short names of data sets (NeMo-RL's, and what people say), and what its loaders read."""
 
 
 def translate(draft: Draft) -> None:
@@ -167,6 +266,7 @@ def translate(draft: Draft) -> None:
     translate_optimizer(draft)
     translate_scheduler(draft)
     _one_warm_up(draft)
+    _tis_is_implied(draft)
     _zero_is_off(draft)
     _translate_sources(draft)
     for path, reason in ABSENT.items():
@@ -186,15 +286,17 @@ def _drop(draft: Draft, path: str, reason: str) -> None:
     found, value = draft.find(path)
     if not found:
         return
-    if _is_off(value) or (path.endswith("parallel_size") and value == 1):
+    if _is_off(value) or value == AS_IT_IS.get(path):
         draft.take(path)
     else:
         draft.refuse(path, f"absent on purpose: {reason}")
 
 
 def _is_off(value: Any) -> bool:
-    if isinstance(value, dict) and value:
-        return not value.get("enabled", False)
+    if isinstance(value, dict) and "enabled" in value:
+        return not value["enabled"]
+    if isinstance(value, dict):
+        return all(map(_is_off, value.values()))
     return value in (None, False, 0, "none", "None", "", {}, [])
 
 
@@ -209,12 +311,21 @@ def _one_warm_up(draft: Draft) -> None:
             draft.take(first)
 
 
+def _tis_is_implied(draft: Draft) -> None:
+    """A bound of importance weights alone means `tis`, the first kind that there was."""
+    bound, kind = (f"loss_fn.truncated_importance_sampling_{name}" for name in ("ratio", "type"))
+    if draft.find(bound)[1] is not None and not draft.find(kind)[0]:
+        draft.put(kind, "tis", draft.origin(bound))
+
+
 def _zero_is_off(draft: Draft) -> None:
     """NeMo-RL says "off" or "all" by numbers below one, where the schema has null or 0."""
     for path, instead in (
         ("policy.max_grad_norm", None),
         ("sft.val_period", 0),
         ("sft.val_batches", 0),
+        ("grpo.val_period", 0),
+        (f"{_GENERATION}.top_k", None),
     ):
         found, value = draft.find(path)
         number = isinstance(value, int | float) and not isinstance(value, bool)

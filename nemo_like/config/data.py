@@ -9,7 +9,9 @@ from pydantic import Discriminator, Tag
 
 from nemo_like.config.base import Conflict, Fraction, Node, NonNegative, Positive, PositiveFloat
 
-EnvName = Literal["arithmetic", "math"]
+EnvName = Literal["arithmetic", "math", "calculator", "custom"]
+ONE_TURN: tuple[EnvName, ...] = ("arithmetic", "math")
+"""Environments that need no configuration, and judge a single answer."""
 
 
 class DatasetConfig(Node):
@@ -24,9 +26,9 @@ class DatasetConfig(Node):
     subset: str | None = None
     """Configuration name of a `datasets` source."""
     input_key: str = "input"
-    """Column of the prompt."""
+    """Column of the prompt; `a.0.b` goes into objects and lists."""
     output_key: str = "output"
-    """Column of the response."""
+    """Column of the response, or of the answer that is expected."""
     messages_key: str | None = None
     """Column of chat messages `[{role, content}, ...]`; replaces `input_key` and `output_key`."""
     weight: PositiveFloat = 1.0
@@ -89,17 +91,13 @@ class DataConfig(Node):
     default: DatasetDefaults = DatasetDefaults()
     """What sources inherit."""
     max_input_seq_length: Positive | None = None
-    """Longest sequence in tokens; null is `policy.max_total_sequence_length`."""
+    """Most tokens of a row (GRPO: of its prompt); null is `policy.max_total_sequence_length`."""
     shuffle: bool = True
     """New order in every epoch, from the seed."""
     num_workers: Positive = 1
     """Processes that tokenise; 1 is the driver itself."""
     add_bos: bool = True
     """Start with the beginning-of-sequence token, where there is one and the template has none."""
-    add_eos: bool = True
-    """End the last assistant turn with the end-of-sequence token, where the template does not."""
-    add_generation_prompt: bool = False
-    """Put the template's generation prompt before the assistant's turn."""
     bad_rows: Literal["refuse", "drop"] = "refuse"
     """What a bad row does: end the run with a report before training, or be left out."""
     max_bad_rows: Fraction = 0.01
@@ -148,3 +146,12 @@ class DataConfig(Node):
                     (f"{key}.weight",),
                     "validation draws from its sources in proportion to their rows: leave it out",
                 )
+
+
+class ConversationDataConfig(DataConfig):
+    """The data of a run that learns whole conversations."""
+
+    add_eos: bool = True
+    """End the last assistant turn with the end-of-sequence token, where the template does not."""
+    add_generation_prompt: bool = False
+    """Put the template's generation prompt before the assistant's turn."""

@@ -10,7 +10,7 @@ from nemo_like.config.compat import MOVED
 from nemo_like.config.draft import Draft, Problem, show
 from nemo_like.config.schema import Key
 
-HINT = "Every key with its default: --help (one block: --help sft)."
+HINT = "Every key with its default: --help (one block: --help policy)."
 
 
 def report(problems: Sequence[Problem], draft: Draft | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints, logs, and the machines a run has."""
+"""What every run has: steps and validations, checkpoints, logs, and machines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,30 @@ from collections.abc import Iterator
 from typing import Literal
 
 from nemo_like.config.base import Conflict, Node, NonNegative, Positive, PositiveFloat
+
+
+class StepsConfig(Node):
+    """How long to train, when to validate, and from which seed."""
+
+    max_num_epochs: Positive = 1
+    """Passes over the data; training ends at the smaller of epochs and steps."""
+    max_num_steps: Positive = 60
+    """Steps of the algorithm."""
+    val_period: NonNegative = 10
+    """Steps between validations; 0 is never."""
+    val_at_start: bool = True
+    """Validate before the first step."""
+    val_at_end: bool = True
+    """Validate after the last step."""
+    seed: NonNegative = 42
+    """Seed of weights, order and everything else."""
+    skip_non_finite_steps: NonNegative = 0
+    """Steps with a NaN or infinite loss or gradient that may be skipped before the run stops."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a step that is validated."""
+        return self.val_period > 0 or self.val_at_start or self.val_at_end
 
 
 class CheckpointingConfig(Node):

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from nemo_like.config.base import DEFER_CONFLICTS, Node, conflicts_of
+from nemo_like.config.base import DEFER_CONFLICTS, conflicts_of
 from nemo_like.config.draft import Draft, Problem, find, split
 from nemo_like.config.report import unknown_key, wrong_value
 from nemo_like.config.schema import MAPPING_OF, Key
+from nemo_like.config.tree import RunTree
 
-Tree = TypeVar("Tree", bound=Node)
+Tree = TypeVar("Tree", bound=RunTree)
 
 
 def validate(

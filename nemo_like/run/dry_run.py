@@ -10,8 +10,10 @@ from collections.abc import Iterable
 
 from nemo_like.assets import model_folder
 from nemo_like.cluster.placement import Placement, count_local_gpus, place
+from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.config.sft import SFTTree
+from nemo_like.config.tree import RunTree
 from nemo_like.errors import NemoLikeError
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Table, outlook_tables, ownership_table
@@ -25,10 +27,21 @@ STATE_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
 
 def dry_run_sft(tree: SFTTree) -> int:
     """Print what `run_sft` would do with this configuration; the exit code."""
+    return _dry_run(tree, {})
+
+
+def dry_run_grpo(tree: GRPOTree) -> int:
+    """Print what `run_grpo` would do with this configuration; the exit code."""
+    return _dry_run(tree, _rollout_facts(tree))
+
+
+def _dry_run(tree: RunTree, facts: dict[str, str]) -> int:
     console = RunConsole()
     try:
-        placement = place(tree.cluster, parallel_sizes(tree.policy), gpus_found=count_local_gpus())
-        console.table(_run_table(tree, placement))
+        placement = place(
+            tree.training_cluster, parallel_sizes(tree.policy), gpus_found=count_local_gpus()
+        )
+        console.table(_run_table(tree, placement, facts))
         if isinstance(tree.policy.backend, DTensorConfig):
             routing = planned_routing(tree.policy)
             console.table(ownership_table([vars_of(row) for row in routing.rows]))
@@ -89,22 +102,40 @@ def planned_outlook(policy: PolicyConfig, routing: Routing, placement: Placement
     return outlook(policy.active_optimizer, routing, [plan])
 
 
-def _run_table(tree: SFTTree, placement: Placement) -> Table:
-    policy, sft = tree.policy, tree.sft
+def _rollout_facts(tree: GRPOTree) -> dict[str, str]:
+    """What a run that draws its own data has besides."""
+    grpo, policy = tree.grpo, tree.policy
+    engines = f"{policy.generation.backend}, responses of at most {policy.max_new_tokens} tokens"
+    facts = {
+        "algorithm": "DAPO" if grpo.is_dapo else "GRPO",
+        "rollouts of a step": f"{grpo.num_prompts_per_step} prompts x "
+        f"{grpo.num_generations_per_prompt} samples, for {tree.updates_per_step} update(s)",
+        "engines": engines,
+        "reference model": "the start weights" if tree.loss_fn.needs_reference else "none",
+    }
+    if policy.sft_config is not None:
+        facts["start weights"] = f"those of the run of {policy.sft_config}"
+    return facts
+
+
+def _run_table(tree: RunTree, placement: Placement, own: dict[str, str]) -> Table:
+    policy = tree.policy
     backend = policy.backend_key.removesuffix("_cfg")
     sizes = parallel_sizes(policy)
     device = "GPU" if placement.uses_gpu else "CPU"
     per_rank = math.ceil(policy.train_global_batch_size / placement.num_data_parallel)
     facts = {
         "model": f"{policy.model_name} ({policy.init} weights)",
+        **own,
         "optimizer": f"{policy.active_optimizer.optimizer}, lr {policy.active_optimizer.lr:g}",
-        "steps": f"at most {sft.max_num_steps}, of {policy.train_global_batch_size} sequences",
+        "steps": f"at most {tree.steps.max_num_steps}",
+        "batch": f"{policy.train_global_batch_size} sequences",
         "longest sequence": f"{policy.max_total_sequence_length} tokens",
         "backend": backend,
         "ranks": f"{placement.world_size} on {device}, {placement.num_nodes} node(s)",
         "layout": f"data {placement.num_data_parallel} (copies {sizes.replicate.size}) x pipeline "
         f"{sizes.pipeline.size} x context {sizes.context.size} x tensor {sizes.tensor.size}",
-        "sequences of a rank and step": str(per_rank),
+        "sequences of a rank and batch": str(per_rank),
         "checkpoints": tree.checkpointing.checkpoint_dir if tree.checkpointing.enabled else "none",
         "logs": tree.logger.log_dir,
     }

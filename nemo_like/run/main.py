@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from nemo_like.config.base import Node
 from nemo_like.config.command_line import Invocation, parse
+from nemo_like.config.tree import RunTree
 from nemo_like.errors import ConfigError
 
-Tree = TypeVar("Tree", bound=Node)
+Tree = TypeVar("Tree", bound=RunTree)
 Run = Callable[[Tree], int]
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from nemo_like.config.command_line import Invocation, parse
+from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.sft import SFTTree
 from nemo_like.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 Parse = Callable[..., Invocation[SFTTree]]
+ParseGRPO = Callable[..., Invocation[GRPOTree]]
 
 
 @pytest.fixture
@@ -21,15 +23,28 @@ def sft(monkeypatch: pytest.MonkeyPatch) -> Parse:
 
 
 @pytest.fixture
+def grpo(monkeypatch: pytest.MonkeyPatch) -> ParseGRPO:
+    """What a command line of examples/run_grpo.py means, typed in the repository's root."""
+    monkeypatch.chdir(ROOT)
+    return lambda *argv: parse(argv, tree=GRPOTree, default_config=Path("configs/grpo_math.yaml"))
+
+
+@pytest.fixture
 def refused(sft: Parse) -> Callable[..., str]:
     """The report with which a command line is refused."""
+    return lambda *argv: _report(sft, argv)
 
-    def report(*argv: str) -> str:
-        with pytest.raises(ConfigError) as error:
-            sft(*argv)
-        return str(error.value)
 
-    return report
+@pytest.fixture
+def grpo_refused(grpo: ParseGRPO) -> Callable[..., str]:
+    """The same of examples/run_grpo.py."""
+    return lambda *argv: _report(grpo, argv)
+
+
+def _report(parse_them: Callable[..., object], argv: tuple[str, ...]) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse_them(*argv)
+    return str(error.value)
 
 
 @pytest.fixture

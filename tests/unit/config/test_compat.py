@@ -7,6 +7,7 @@ import re
 import pytest
 
 from nemo_like.config.compat import ABSENT, IGNORED, MOVED
+from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.schema import known_paths
 from nemo_like.config.sft import SFTTree
 
@@ -108,27 +109,29 @@ def test_a_whole_config_of_theirs_is_understood(sft, write):
 
 
 @pytest.mark.parametrize("path", ABSENT)
-def test_a_feature_that_is_absent_may_be_off_and_is_refused_when_on(sft, refused, path):
-    assert sft(f"{path}=false").notes == ()
-    report = refused(f"{path}={{enabled: true}}")
+def test_a_feature_that_is_absent_may_be_off_and_is_refused_when_on(grpo, grpo_refused, path):
+    assert grpo(f"{path}=false").notes == ()
+    report = grpo_refused(f"{path}={{enabled: true}}")
     assert "absent on purpose" in report and ABSENT[path] in report and f"  {path}" in report
 
 
 @pytest.mark.parametrize("path", IGNORED)
-def test_a_key_that_tunes_what_is_absent_is_dropped_with_a_note(sft, path):
-    (note,) = sft(f"{path}=7").notes
+def test_a_key_that_tunes_what_is_absent_is_dropped_with_a_note(grpo, path):
+    (note,) = grpo(f"{path}=7").notes
     assert path in note and IGNORED[path] in note
 
 
 def test_the_tables_speak_of_no_key_that_exists_and_lead_only_to_keys_that_do():
-    known = known_paths(SFTTree)
+    known = known_paths(SFTTree) | known_paths(GRPOTree)
     assert not set(known) & (set(ABSENT) | set(IGNORED) | set(MOVED))
     assert set(MOVED.values()) <= set(known)
 
 
 @pytest.mark.parametrize(("moved", "target"), MOVED.items())
-def test_a_key_that_moved_is_refused_with_where_it_is(refused, moved, target):
-    assert f"did you mean {target}?" in refused(f"{moved}=1")
+def test_a_key_that_moved_is_refused_with_where_it_is(refused, grpo_refused, moved, target):
+    is_known = target in known_paths(SFTTree) and not moved.startswith("grpo.")
+    report = (refused if is_known else grpo_refused)(f"{moved}=1")
+    assert f"did you mean {target}?" in report
 
 
 @pytest.mark.parametrize(
