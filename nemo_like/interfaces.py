@@ -77,10 +77,10 @@ class PolicyBackend(Trainable, Protocol):
     are its private affair.
     """
 
-    def logprobs(self, shard: Shard) -> Tensor:
+    def logprobs(self, shard: Shard, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32, no gradient) aligned with `shard.batch.token_ids_N`.
 
-        Shapes: [N].
+        Those of the weights that training began with, if `reference` is asked for. Shapes: [N].
         """
         ...
 
@@ -92,10 +92,10 @@ class PolicyBackend(Trainable, Protocol):
 class Policy(Trainable, Protocol):
     """The model in training, seen whole: the same verbs on the global batch."""
 
-    def logprobs(self, batch: TrainBatch) -> Tensor:
+    def logprobs(self, batch: TrainBatch, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32, no gradient) aligned with `batch.token_ids_N`.
 
-        Shapes: [N].
+        Those of the weights that training began with, if `reference` is asked for. Shapes: [N].
         """
         ...
 

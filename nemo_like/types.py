@@ -80,6 +80,15 @@ class Rollout:
     weights_version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The samples of one prompt in one step, and what each of them is worth."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    rewards: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How an engine picks tokens; `temperature=0` is greedy."""
@@ -150,6 +159,22 @@ class TrainBatch:
             name: value[index] for name, value in self._tensors() if name.endswith("_N")
         }
         return dataclasses.replace(self, lengths_B=self.lengths_B[list(rows)], **per_token)
+
+    def split(self, parts: int) -> list[TrainBatch]:
+        """As many batches of consecutive sequences, each an optimizer step with its own counts."""
+        size, rest = divmod(len(self), parts)
+        assert not rest, f"{len(self)} sequences are not {parts} equal parts"
+        return [
+            self.select(range(at, at + size)).recounted() for at in range(0, len(self), size)
+        ]
+
+    def recounted(self) -> TrainBatch:
+        """The same with the denominators of what is here: a whole optimizer step by itself."""
+        return dataclasses.replace(
+            self,
+            num_loss_tokens=int(self.loss_mask_N.sum()),
+            num_sequences=sum(part.any() for part in self.loss_mask_N.split(self.lengths_B.tolist())),
+        )
 
     def to(self, device: torch.device) -> TrainBatch:
         """The same batch on a device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -67,6 +67,9 @@ class RankBackend(ABC):
         self.device = device
         self.step = 0
         self.skipped_steps = 0
+        self._reference: dict[str, Tensor] | None = None
+        if settings.keep_reference:
+            self._keep_reference()
         self._writer = StateWriter(asynchronous=settings.asynchronous_save)
 
     @abstractmethod
@@ -114,16 +117,36 @@ class RankBackend(ABC):
         return dist.get_world_size()
 
     @torch.no_grad()
-    def logprobs(self, shard: Shard) -> Tensor:
+    def logprobs(self, shard: Shard, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32) aligned with the shard's tokens; 0 without a target."""
         self.model.eval()
         result = torch.zeros(len(shard.batch.token_ids_N))
-        for micro_batch in shard.micro_batches:
-            rows = _sequences(micro_batch)
-            part = self._target_logprobs(shard.batch.select(rows), micro_batch)
-            result[shard.batch.token_index(rows)] = part.float().cpu()
-        self._end_logprobs()
+        with self._reference_in_place() if reference else nullcontext():
+            for micro_batch in shard.micro_batches:
+                rows = _sequences(micro_batch)
+                part = self._target_logprobs(shard.batch.select(rows), micro_batch)
+                result[shard.batch.token_index(rows)] = part.float().cpu()
+            self._end_logprobs()
         return result
+
+    @contextmanager
+    def _reference_in_place(self) -> Iterator[None]:
+        """Inside, the model has the weights that it began with; then its own again, to the bit."""
+        assert self._reference is not None, "BackendSettings.keep_reference was not set"
+        weights = {name: local(weight) for name, weight in self._weights().items()}
+        own = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+        try:
+            for name, weight in weights.items():
+                weight.copy_(self._reference[name])
+            yield
+        finally:
+            for name, weight in weights.items():
+                weight.copy_(own[name])
+
+    def _keep_reference(self) -> None:
+        """Put this rank's part of the weights of now aside, in host memory."""
+        weights = self._weights().items()
+        self._reference = {name: local(weight).to("cpu", copy=True) for name, weight in weights}
 
     def train_step(self, shard: Shard, loss: Loss) -> StepStats:
         """Forward, backward, clip, optimizer and schedule: one whole step.

@@ -12,10 +12,12 @@ class BackendSettings:
     `seed` gives a newborn model's weights, and everything that is drawn during training.
     `skip_budget` is how many steps with a non-finite loss or gradient are left out before one ends
     the run. With `asynchronous_save` a save returns when the state is copied. With
-    `convert_optimizer` a checkpoint whose parameters had other optimizers can be loaded.
+    `convert_optimizer` a checkpoint whose parameters had other optimizers can be loaded. With
+    `keep_reference` the weights of the start are kept too, for log-probabilities under them.
     """
 
     seed: int
     skip_budget: int = 0
     asynchronous_save: bool = False
     convert_optimizer: bool = False
+    keep_reference: bool = False

@@ -43,10 +43,10 @@ class RemotePolicy:
         facts: PolicyFacts = self._group.call_all("begin", total_steps)[0]
         return facts
 
-    def logprobs(self, batch: TrainBatch) -> Tensor:
+    def logprobs(self, batch: TrainBatch, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32, no gradient) aligned with `token_ids_N`. Shapes: [N]."""
         shards = shard(batch, self._placement.num_data_parallel, self._logprob)
-        of_rank = self._call_sharded("logprobs", shards)
+        of_rank = self._call_sharded("logprobs", shards, reference)
         logprobs_N: Tensor = unshard(shards, [of_rank[rank] for rank in self._leaders])
         return logprobs_N
 

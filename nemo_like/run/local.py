@@ -20,10 +20,10 @@ class LocalPolicy:
         self._train = train
         self._logprob = logprob
 
-    def logprobs(self, batch: TrainBatch) -> Tensor:
+    def logprobs(self, batch: TrainBatch, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32, no gradient) aligned with `batch.token_ids_N`."""
         shards = shard(batch, 1, self._logprob)
-        return unshard(shards, [self._backend.logprobs(shards[0])])
+        return unshard(shards, [self._backend.logprobs(shards[0], reference)])
 
     def train_step(self, batch: TrainBatch, loss: Loss) -> StepStats:
         """One optimizer step on the whole batch."""

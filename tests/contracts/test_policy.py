@@ -77,7 +77,7 @@ class World:
 
     def _make(self, kind, model, folder):
         config = config_of(model, kind)
-        factory = DTensorFactory(config, BackendSettings(seed=1, asynchronous_save=True))
+        factory = DTensorFactory(config, BackendSettings(seed=1, asynchronous_save=True, keep_reference=True))
         cuts = {
             "train": Batching.for_training(config), "logprob": Batching.for_logprobs(config)
         }  # fmt: skip
@@ -178,6 +178,20 @@ def test_log_probabilities_come_in_the_order_of_the_batch(world, kind):
     in_order = policy.logprobs(batch)
     assert torch.allclose(turned, in_order[batch.token_index(backwards)], rtol=0, atol=1e-5)
     assert in_order[~batch.loss_mask_N].abs().max() == 0 and in_order.dtype == torch.float32
+
+
+@each_kind
+def test_log_probabilities_of_the_start_stay_what_they_were_and_disturb_nothing(
+    world, expected, kind
+):
+    policy, batch = world.newborn_policy(kind), batch_of(9)
+    found = []
+    for step in range(STEPS):
+        assert torch.allclose(policy.logprobs(batch, True), expected["before"], rtol=0, atol=1e-5)
+        found += trained(policy, [step])
+    assert found == pytest.approx(expected["found"], abs=1e-5)
+    assert torch.allclose(policy.logprobs(batch, True), expected["before"], rtol=0, atol=1e-5)
+    assert torch.allclose(policy.logprobs(batch), expected["after"], rtol=0, atol=1e-4)
 
 
 @each_kind
