@@ -252,7 +252,8 @@ class GRPOTree(RunTree):
         """Prompts that leave no room for a response; penalties that begin beyond the end."""
         shaping, longest = self.grpo.reward_shaping, self.policy.max_new_tokens
         prompt = self.data.max_input_seq_length
-        if prompt is not None and self.policy.max_model_len < prompt:
+        longest_sequence = self.policy.max_total_sequence_length
+        if prompt is not None and self.policy.max_model_len < prompt <= longest_sequence:
             yield Conflict(
                 ("data.max_input_seq_length", "policy.generation.vllm_cfg.max_model_len"),
                 "a prompt can not be longer than what an engine holds",
