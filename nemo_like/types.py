@@ -14,6 +14,7 @@ rows is its own affair, so no loss can depend on it.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -89,9 +90,27 @@ class Group:
     rewards: tuple[float, ...]
 
 
+def sample_numbers(prompts: Sequence[Prompt]) -> list[int]:
+    """How often the prompt at each place was in the list before that place.
+
+    It tells the samples of a prompt apart: a rollout is a function of weights, seed, prompt index
+    and this number.
+    """
+    seen: Counter[int] = Counter()
+    numbers = []
+    for prompt in prompts:
+        numbers.append(seen[prompt.index])
+        seen[prompt.index] += 1
+    return numbers
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an engine picks tokens; `temperature=0` is greedy."""
+    """How an engine picks tokens; `temperature=0` is greedy.
+
+    A completion ends with the first token of `stop_token_ids`, or the first that completes one of
+    the `stop_strings` in its text; token and string belong to it.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -99,6 +118,7 @@ class SamplingParams:
     top_k: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    stop_strings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,16 +184,16 @@ class TrainBatch:
         """As many batches of consecutive sequences, each an optimizer step with its own counts."""
         size, rest = divmod(len(self), parts)
         assert not rest, f"{len(self)} sequences are not {parts} equal parts"
-        return [
-            self.select(range(at, at + size)).recounted() for at in range(0, len(self), size)
-        ]
+        return [self.select(range(at, at + size)).recounted() for at in range(0, len(self), size)]
 
     def recounted(self) -> TrainBatch:
         """The same with the denominators of what is here: a whole optimizer step by itself."""
         return dataclasses.replace(
             self,
             num_loss_tokens=int(self.loss_mask_N.sum()),
-            num_sequences=sum(part.any() for part in self.loss_mask_N.split(self.lengths_B.tolist())),
+            num_sequences=sum(
+                part.any() for part in self.loss_mask_N.split(self.lengths_B.tolist())
+            ),
         )
 
     def to(self, device: torch.device) -> TrainBatch:

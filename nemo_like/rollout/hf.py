@@ -6,20 +6,26 @@ much to start. A rollout depends on weights, prompt and seed, never on the batch
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nemo_like.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from nemo_like.errors import CheckpointError, ConfigError, NonFiniteError
 from nemo_like.interfaces import Policy
-from nemo_like.rollout.sampling import check_sampling, pick_tokens, sampled_distribution, uniforms
-from nemo_like.types import Prompt, Rollout, SamplingParams
-
-Decode = Callable[[Sequence[int]], str]
+from nemo_like.rollout.sampling import (
+    Decode,
+    check_sampling,
+    completes_stop_string,
+    pick_tokens,
+    room_for,
+    sampled_distribution,
+    uniforms,
+)
+from nemo_like.rollout.weights import Delivery, ExpectedWeights
+from nemo_like.types import Prompt, Rollout, SamplingParams, sample_numbers
 
 
 @dataclass
@@ -42,6 +48,7 @@ class HFEngine:
         decode: Text of a completion's token ids, stop token included; from the tokenizer's owner.
         dtype: Of weights and computation; log-probabilities are fp32 in any case.
         device: Where the model lives.
+        max_model_len: Most tokens of prompt and completion; None is what the model has positions.
         max_num_seqs: Sequences decoded at the same time; bounds the memory of the KV cache.
     """
 
@@ -52,6 +59,7 @@ class HFEngine:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        max_model_len: int | None = None,
         max_num_seqs: int = 256,
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -68,6 +76,10 @@ class HFEngine:
         self._model.tie_weights()
         self._model.eval()
         self._config = self._model.config
+        self._longest = min(
+            self._config.max_position_embeddings,
+            max_model_len or self._config.max_position_embeddings,
+        )
         self._decode = decode
         self._device = torch.device(device)
         self._max_num_seqs = max_num_seqs
@@ -79,8 +91,8 @@ class HFEngine:
         self.load_weights(policy.export_weights(), version=self._applied + 1)
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take whole tensors by Hugging Face name; all of the model's, and nothing else.
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> str:
+        """Take whole tensors by Hugging Face name, all of the model's; the digest of what came.
 
         Of tied weights one name is enough; when both come they must be equal.
 
@@ -90,44 +102,26 @@ class HFEngine:
         """
         self._version = None
         parameters = self._model.state_dict()
-        tied = self._model.all_tied_weights_keys
-        faults: list[str] = []
-        names: set[str] = set()
-        filled: set[str] = set()
-        for name, tensor in weights:
-            target = tied.get(name, name)
-            if name in names:
-                faults.append(f"{name} came twice")
-            elif target not in parameters:
-                faults.append(f"{name} is not a weight of this model")
-            elif tensor.shape != parameters[target].shape:
-                expected = tuple(parameters[target].shape)
-                faults.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
-            elif target not in filled:
-                parameters[target].copy_(tensor)
-            elif not torch.equal(parameters[target], tensor.to(parameters[target])):
-                faults.append(f"{name} differs from the weight it is tied to")
-            names.add(name)
-            filled.add(target)
-        missing = {tied.get(name, name) for name in parameters} - filled
-        faults += [f"{name} is missing" for name in sorted(missing)]
-        if faults:
-            more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-            raise CheckpointError(
-                f"the weights offered as version {version} are not those of the rollout engine's "
-                f"{self._config.model_type}: {'; '.join(faults[:8])}{more}. "
-                "Give engine and policy the same policy.model_name and policy.hf_config_overrides."
-            )
+        delivery = Delivery(ExpectedWeights.of(self._model))
+        for name, tensor in delivery.fitting(weights):
+            parameters[name].copy_(tensor)
+        digest = delivery.digest(version)
         self._version = self._applied = version
+        return digest
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        samples: Sequence[int] | None = None,
+    ) -> list[Rollout]:
         """One rollout per prompt, in the order of the prompts.
 
-        The k-th time that a prompt (by its index) is in the list it gets the k-th random stream of
-        (seed, index): the samples of a group differ, and each is the same in whatever company it is
-        drawn. Only `sampling.stop_token_ids` end a completion early. One that reaches the model's
-        longest position ends there with `length`.
+        Each has the random stream of (seed, index of the prompt, number of the sample), so the
+        samples of a group differ, and each is the same in whatever company it is drawn. `samples`
+        are these numbers for a part of a longer list; None counts them here. One that reaches the
+        longest length ends there with `length`.
 
         Raises:
             CheckpointError: no whole set of weights was loaded.
@@ -140,9 +134,8 @@ class HFEngine:
                 "the rollout engine holds no complete weights: load_weights or sync comes first"
             )
         check_sampling(sampling)
-        rows = [
-            self._start(p, k, sampling) for p, k in zip(prompts, _repeats(prompts), strict=True)
-        ]
+        numbers = sample_numbers(prompts) if samples is None else samples
+        rows = [self._start(p, k, sampling) for p, k in zip(prompts, numbers, strict=True)]
         # Rows of like length share a batch, so little of it is padding.
         by_length = sorted(rows, key=lambda row: len(row.prompt.token_ids))
         for first in range(0, len(rows), self._max_num_seqs):
@@ -165,20 +158,7 @@ class HFEngine:
         self._model = self._model.to("meta")
 
     def _start(self, prompt: Prompt, sample: int, sampling: SamplingParams) -> _Completion:
-        longest = self._config.max_position_embeddings
-        if not 0 < len(prompt.token_ids) < longest:
-            raise DataError(
-                f"prompt {prompt.index} has {len(prompt.token_ids)} tokens, expected 1 to "
-                f"{longest - 1}: the model has {longest} positions. Drop the row, or raise "
-                "policy.hf_config_overrides.max_position_embeddings."
-            )
-        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self._config.vocab_size:
-            raise DataError(
-                f"prompt {prompt.index} has token ids from {min(prompt.token_ids)} to "
-                f"{max(prompt.token_ids)}, expected 0 to {self._config.vocab_size - 1}: does "
-                "policy.tokenizer.name belong to policy.model_name?"
-            )
-        room = min(sampling.max_new_tokens, longest - len(prompt.token_ids))
+        room = room_for(prompt, sampling, longest=self._longest, vocab_size=self._config.vocab_size)
         dice = uniforms(sampling.seed, prompt_index=prompt.index, sample=sample, count=room)
         return _Completion(prompt, room, dice)
 
@@ -199,7 +179,7 @@ class HFEngine:
                 logits_to_keep=1,
             ).logits[:, -1]
             tokens_B = _extend(rows, logits_BV, sampling)
-            alive = [b for b, row in enumerate(rows) if not _has_ended(row, sampling)]
+            alive = [b for b, row in enumerate(rows) if not self._has_ended(row, sampling)]
             if len(alive) < len(rows):
                 keep_B = torch.tensor(alive, dtype=torch.int64, device=self._device)
                 rows = [rows[b] for b in alive]
@@ -210,6 +190,14 @@ class HFEngine:
             ids_BT = tokens_B[:, None]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=-1)
             positions_BT = positions_BT[:, -1:] + 1
+
+    def _has_ended(self, row: _Completion, sampling: SamplingParams) -> bool:
+        if row.token_ids[-1] in sampling.stop_token_ids or completes_stop_string(
+            row.token_ids, self._decode, sampling
+        ):
+            row.finish_reason = "stop"
+            return True
+        return len(row.token_ids) >= row.room
 
 
 def _extend(rows: Sequence[_Completion], logits_BV: Tensor, sampling: SamplingParams) -> Tensor:
@@ -233,23 +221,6 @@ def _extend(rows: Sequence[_Completion], logits_BV: Tensor, sampling: SamplingPa
         row.token_ids.append(token)
         row.logprobs.append(logprob)
     return tokens_B
-
-
-def _has_ended(row: _Completion, sampling: SamplingParams) -> bool:
-    if row.token_ids[-1] in sampling.stop_token_ids:
-        row.finish_reason = "stop"
-        return True
-    return len(row.token_ids) >= row.room
-
-
-def _repeats(prompts: Sequence[Prompt]) -> list[int]:
-    """How often the prompt at each place was in the list before that place."""
-    seen: Counter[int] = Counter()
-    repeats = []
-    for prompt in prompts:
-        repeats.append(seen[prompt.index])
-        seen[prompt.index] += 1
-    return repeats
 
 
 def _pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_like.errors import ConfigError
-from nemo_like.types import SamplingParams
+from nemo_like.errors import ConfigError, DataError
+from nemo_like.types import Prompt, SamplingParams
+
+Decode = Callable[[Sequence[int]], str]
+"""Text of a completion's token ids, from the tokenizer's owner."""
 
 
 def check_sampling(sampling: SamplingParams) -> None:
@@ -22,6 +27,7 @@ def check_sampling(sampling: SamplingParams) -> None:
         ("top_p", 0 < sampling.top_p <= 1, "more than 0 and at most 1"),
         ("top_k", sampling.top_k is None or sampling.top_k >= 1, "None (all) or at least 1"),
         ("seed", sampling.seed >= 0, "0 or more"),
+        ("stop_strings", "" not in sampling.stop_strings, "texts with a character"),
     ]
     faults = [
         f"{name} is {getattr(sampling, name)}, expected {expected}"
@@ -30,6 +36,49 @@ def check_sampling(sampling: SamplingParams) -> None:
     ]
     if faults:
         raise ConfigError("sampling parameters: " + "; ".join(faults))
+
+
+def room_for(prompt: Prompt, sampling: SamplingParams, *, longest: int, vocab_size: int) -> int:
+    """The most tokens that this prompt's completion may have.
+
+    Args:
+        prompt: What is to be completed.
+        sampling: The wish.
+        longest: The most tokens that prompt and completion have together.
+        vocab_size: The number of token ids that the model knows.
+
+    Raises:
+        DataError: a prompt that is empty, too long, or outside the vocabulary.
+    """
+    length = len(prompt.token_ids)
+    if not 0 < length < longest:
+        raise DataError(
+            f"prompt {prompt.index} has {length} tokens, expected 1 to {longest - 1}: the rollout "
+            f"engine's sequences have at most {longest}. Drop the row, or raise "
+            "policy.max_total_sequence_length (and, if the model has no more positions, "
+            "policy.hf_config_overrides.max_position_embeddings)."
+        )
+    low, high = min(prompt.token_ids), max(prompt.token_ids)
+    if not 0 <= low <= high < vocab_size:
+        raise DataError(
+            f"prompt {prompt.index} has token ids from {low} to {high}, expected 0 to "
+            f"{vocab_size - 1}: does policy.tokenizer.name belong to policy.model_name?"
+        )
+    return min(sampling.max_new_tokens, longest - length)
+
+
+def completes_stop_string(
+    token_ids: Sequence[int], decode: Decode, sampling: SamplingParams
+) -> bool:
+    """Whether the text of these tokens holds a stop string, if it did not one token before.
+
+    A character is at most 4 tokens (its bytes), so only the end of the text is decoded.
+    """
+    if not sampling.stop_strings:
+        return False
+    longest = max(map(len, sampling.stop_strings))
+    end = decode(token_ids[-4 * (longest + 1) :])
+    return any(string in end for string in sampling.stop_strings)
 
 
 def sampled_distribution(logits_BV: Tensor, sampling: SamplingParams) -> Tensor:
@@ -76,6 +125,15 @@ def pick_tokens(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     below_total_B = total_B.nextafter(torch.zeros_like(total_B))
     target_B = torch.minimum(uniforms_B * total_B, below_total_B)
     return torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
+
+
+def stream_seed(seed: int, *, prompt_index: int, sample: int) -> int:
+    """The seed of one sample of one prompt, for engines that draw by themselves.
+
+    63 bits of numpy's `SeedSequence` of the three numbers.
+    """
+    state = np.random.SeedSequence([seed, prompt_index, sample]).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
 
 
 def uniforms(seed: int, *, prompt_index: int, sample: int, count: int) -> Tensor:
