@@ -134,12 +134,19 @@ def _call_id(call: Any, place: str) -> str:
 
 
 def _column(row: Mapping[str, Any], key: str, place: str = "") -> Any:
-    if key not in row:
-        found = f"has {', '.join(map(str, row)) or 'nothing'}"
-        raise RowError("missing column", field=place or key, found=found)
-    if row[key] is None:
+    """The value of a column; where none has that name, `a.0.b` goes into objects and lists."""
+    value: Any = row
+    for part in [key] if key in row else key.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            found = f"has {', '.join(map(str, row)) or 'nothing'}"
+            raise RowError("missing column", field=place or key, found=found)
+    if value is None:
         raise RowError("null", field=place or key)
-    return row[key]
+    return value
 
 
 def _text(row: Mapping[str, Any], key: str, place: str = "") -> str:

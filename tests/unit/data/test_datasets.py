@@ -267,6 +267,33 @@ def test_columns_are_not_guessed_where_several_or_none_would_do(encoder, jsonl, 
     assert "_key=" not in str(caught.value)
 
 
+NESTED = {"prompt": [USER], "reward_model": {"ground_truth": "12"}}
+
+
+def test_a_column_may_be_inside_of_objects_and_lists(encoder, jsonl):
+    keys = {"input_key": "prompt.0.content", "output_key": "reward_model.ground_truth"}
+    source = {"data_path": jsonl(NESTED), **keys}
+    (prompt,) = load(encoder, validation=source, num_prompts=1, **source).validation[0].prompts
+    assert ("7+5=?" in prompt.text, prompt.answer) == (True, "12")
+
+
+def test_a_name_with_a_dot_is_looked_for_as_it_is_first(encoder, jsonl):
+    row = {"input": "7+5=?", "a.b": "12", "a": {"b": "13"}}
+    (text,) = texts(encoder, load(encoder, data_path=jsonl(row), output_key="a.b").train[0].corpus)
+    assert "12" in text and "13" not in text
+
+
+@pytest.mark.parametrize(
+    "key", ["prompt.1.content", "prompt.x", "reward_model.c", "prompt.0.role.x"]
+)
+def test_a_column_that_is_not_inside_is_missing(encoder, jsonl, key):
+    with pytest.raises(DataError, match="missing column") as caught:
+        load(
+            encoder, data_path=jsonl(NESTED), input_key=key, output_key="reward_model.ground_truth"
+        )
+    assert key in str(caught.value)
+
+
 def test_one_odd_row_does_not_rename_the_column_of_all(encoder, jsonl):
     with pytest.raises(DataError, match="missing column") as caught:
         load(encoder, data_path=jsonl(GOOD, GOOD, {"input": "7", "outputs": "8"}))
