@@ -32,7 +32,7 @@ class ClippedPG:
         GRPO (arXiv:2402.03300), eq. 3; its mean per sequence is `token_level_loss=false`.
         Two sides of the clip (`ratio_clip_min`, `ratio_clip_max`) and the mean over all tokens:
         DAPO (arXiv:2503.14476), eq. 8.
-        `loss_divisor_tokens`: Dr. GRPO (arXiv:2503.20783), section 3.2 and its listing 1.
+        `loss_divisor_tokens`: Dr. GRPO (arXiv:2503.20783), section 3.2.
         `ratio_clip_c`: dual-clip PPO (arXiv:1912.09729), section "Dual-clip PPO".
         `sequence_level_importance_ratios`: GSPO (arXiv:2507.18071), eqs. 5 and 7, computed as its
         token variant, eqs. 13 and 14, which has the same value and gradient where all tokens of a

@@ -97,7 +97,7 @@ def _js_divergence(gap_N: Tensor) -> Tensor:
     """An unbiased, non-negative estimate from each token that the engine drew.
 
     With r = trained / engine it is (r ln r - (1 + r) ln((1 + r) / 2)) / 2, whose minimum is 0 at
-    r = 1. (NeMo-RL averages two k3 estimates to the mixture, which is not unbiased here.)
+    r = 1.
 
     Source: Lin, "Divergence measures based on the Shannon entropy" (1991), eq. 3.1, as an
     expectation over the engine's tokens.

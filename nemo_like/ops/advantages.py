@@ -61,34 +61,15 @@ def group_relative(
     return torch.where(valid, advantages, 0.0).to(rewards_PG.dtype)
 
 
-def reinforce_plus_plus(rewards_PG: Tensor, tokens_PG: Tensor, *, minus_baseline: bool) -> Tensor:
-    """Rewards, less the mean of the group if asked, standardised over all tokens of the batch.
-
-    Shapes: [P, G].
-
-    Args:
-        rewards_PG: One reward per sample.
-        tokens_PG: Tokens of each sample that count in the loss; 0 takes a sample out.
-        minus_baseline: The variant with a group baseline.
-
-    With the KL penalty in the reward, advantages differ from token to token: then take
-    `group_relative` without deviation (or the rewards), spread it over the tokens, apply
-    `kl.penalize` and `standardize`, which with a coefficient of 0 gives the same as this.
-
-    Source: REINFORCE++ (arXiv:2501.03262v9), section 3: global advantage normalisation, and the
-    variant "w/ baseline".
-    """
-    valid = tokens_PG > 0
-    if minus_baseline:
-        rewards_PG = group_relative(rewards_PG, valid, leave_one_out=False, divide_by_std=False)
-    return standardize(rewards_PG, tokens_PG)
-
-
 def standardize(advantages: Tensor, weights: Tensor) -> Tensor:
     """Advantages with weighted mean 0 and weighted variance 1; 0 where the weight is 0.
 
-    Shapes: any, the same for both. The weights are token counts of [P, G], or the loss mask of [N].
-    A variance below 1e-8 counts as 1e-8.
+    Shapes: any, the same for both. The weights are the loss mask of [N], or the tokens of each
+    sample of [P, G], which comes to the same. A variance below 1e-8 counts as 1e-8.
+
+    Source: REINFORCE++ (arXiv:2501.03262v9), section 3, global advantage normalisation, of rewards
+    spread over their tokens; of `group_relative` without deviation in its variant "w/ baseline". A
+    KL penalty in the reward (`kl.penalize`) comes before.
     """
     values, counts = _exact(advantages, weights > 0)
     weights = weights.double()
@@ -107,7 +88,7 @@ def clip_advantages(advantages: Tensor, low: float | None, high: float | None) -
 
 
 def _exact(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The values in fp64, with 0 for what does not count (it may be NaN), and what counts."""
+    """The values in fp64, and which of them count: all unless it is said."""
     if valid is None:
         valid = torch.ones_like(values, dtype=torch.bool)
-    return torch.where(valid, values.double(), 0.0), valid
+    return values.double(), valid

@@ -4,13 +4,7 @@ from math import sqrt
 import pytest
 import torch
 
-from nemo_like.ops.advantages import (
-    clip_advantages,
-    group_relative,
-    reinforce_plus_plus,
-    standardize,
-)
-from nemo_like.ops.kl import penalize
+from nemo_like.ops.advantages import clip_advantages, group_relative, standardize
 from nemo_like.ops.rewards import has_signal
 from nemo_like.ops.sequences import spread
 from tests.reference import policy_gradient_by_hand as by_hand
@@ -108,11 +102,15 @@ def test_random_groups_agree_with_the_slow_twin(leave_one_out, divide_by_std):
     assert found.any(1).equal(has_signal(rewards(*rows), torch.tensor(valid)))
 
 
+def centred(rewards_PG):
+    return group_relative(rewards_PG, leave_one_out=False, divide_by_std=False)
+
+
 def test_reinforce_plus_plus_standardises_over_the_tokens_of_the_whole_batch():
     tokens = torch.tensor([[1, 3], [2, 0]])
     # values 1, 0, 0, 0, 2, 2 token by token: mean 5/6, mean square 9/6
     std = sqrt(9 / 6 - 25 / 36)
-    found = reinforce_plus_plus(rewards([1, 0], [2, 9]), tokens, minus_baseline=False)
+    found = standardize(rewards([1, 0], [2, float("nan")]), tokens)
     expected = rewards([(1 - 5 / 6) / std, -5 / 6 / std], [(2 - 5 / 6) / std, 0])
     torch.testing.assert_close(found, expected)
 
@@ -121,30 +119,32 @@ def test_reinforce_plus_plus_with_baseline_takes_the_mean_of_the_group_off_first
     tokens = torch.tensor([[1, 3], [2, 2]])
     # 1/2, three times -1/2, 2 twice, -2 twice: mean -1/8, mean square (4/4 + 16) / 8
     std = sqrt(17 / 8 - 1 / 64)
-    found = reinforce_plus_plus(rewards([1, 0], [6, 2]), tokens, minus_baseline=True)
+    found = standardize(centred(rewards([1, 0], [6, 2])), tokens)
     expected = rewards([0.625 / std, -0.375 / std], [2.125 / std, -1.875 / std])
     torch.testing.assert_close(found, expected)
 
 
-def test_spread_over_the_tokens_first_gives_the_same_and_leaves_room_for_kl():
+def test_spread_over_the_tokens_first_gives_the_same():
     scores, tokens_PG = rewards([1, 0], [2, 9]), torch.tensor([[1, 3], [2, 2]])
     lengths_B = tokens_PG.flatten()
-    per_token = spread(scores.flatten(), lengths_B, 8)
-    unpenalised = penalize(per_token, torch.ones(8), lengths_B, coefficient=0.0)
-    found = standardize(unpenalised, torch.ones(8, dtype=torch.bool))
-    whole = reinforce_plus_plus(scores, tokens_PG, minus_baseline=False)
+    mask_N = torch.ones(8, dtype=torch.bool)
+    found = standardize(spread(scores.flatten(), lengths_B, 8), mask_N)
+    whole = standardize(scores, tokens_PG)
     torch.testing.assert_close(found, spread(whole.flatten(), lengths_B, 8))
 
 
-def test_a_batch_of_equal_rewards_is_standardised_to_zero_to_the_bit():
-    found = reinforce_plus_plus(rewards([0.7] * 5), torch.full((1, 5), 3), minus_baseline=False)
-    assert found.tolist() == [[0.0] * 5]
+def test_a_batch_of_equal_advantages_is_standardised_to_zero_to_the_bit():
+    assert standardize(rewards([0.7] * 5), torch.full((1, 5), 3)).tolist() == [[0.0] * 5]
+    assert standardize(torch.empty(0), torch.empty(0)).tolist() == []
 
 
-def test_advantages_keep_the_type_of_the_rewards():
-    single = rewards([1, 0]).float()
-    assert group_relative(single, leave_one_out=True, divide_by_std=True).dtype == torch.float32
-    assert reinforce_plus_plus(single, torch.ones(1, 2), minus_baseline=True).dtype == torch.float32
+def test_advantages_have_the_type_of_the_rewards_and_the_precision_of_fp64():
+    single = rewards([100.1, 100.2, 99.7, 100.4]).float()
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    for ways in WAYS:
+        way = dict(zip(("leave_one_out", "divide_by_std"), ways, strict=True))
+        assert group_relative(single, **way).equal(group_relative(single.double(), **way).float())
+    assert standardize(single, tokens).equal(standardize(single.double(), tokens).float())
 
 
 def test_advantages_are_clipped_on_the_sides_given():
