@@ -88,10 +88,8 @@ class GenerationConfig(Node):
 
     def conflicts(self) -> Iterator[Conflict]:
         """What this engine or this placement does not have."""
-        if self.backend == "hf" and self.stop_strings:
-            yield Conflict(
-                ("backend", "stop_strings"), "this engine stops at tokens: use stop_token_ids"
-            )
+        if "" in self.stop_strings:
+            yield Conflict(("stop_strings",), "an empty text would end every response at once")
         needed = {"cuda_ipc": True, "nccl": False}.get(self.refit_transport or "")
         if needed is not None and self.colocated.enabled is not needed:
             yield Conflict(
@@ -123,6 +121,9 @@ class GenerationConfig(Node):
             given = self.colocated.resources.model_dump(exclude_none=True)
             for key in (f"{generation}.colocated.resources.{name}" for name in given):
                 yield Conflict((key, "cluster.gpus_per_node"), "there are no GPUs to share out")
+            if self.refit_transport not in (None, "object_store"):
+                key = f"{generation}.refit_transport"
+                yield Conflict((key, "cluster.gpus_per_node"), "this one is between GPUs")
             if self.vllm_cfg.tensor_parallel_size > 1:
                 yield Conflict((tensor, "cluster.gpus_per_node"), "engines on a CPU are whole")
         elif isinstance(cluster.gpus_per_node, int):

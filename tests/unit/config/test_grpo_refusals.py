@@ -165,9 +165,9 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (f"{SHAPE}.enabled=true", f"{SHAPE}.overlong_buffer_length=65"),
         (f"{SHAPE}.overlong_buffer_length", f"{SHAPE}.max_response_length"),
     ),
-    "texts that end, in the small engine": (
-        (f"{GEN}.backend=hf", f"{GEN}.stop_strings=[x]"),
-        (f"{GEN}.backend", f"{GEN}.stop_strings"),
+    "an empty text that ends": (
+        (f"{GEN}.stop_strings=[x,'']",),
+        (f"{GEN}.stop_strings",),
     ),
     "IPC between machines": (
         (f"{GEN}.refit_transport=cuda_ipc", APART),
@@ -184,6 +184,10 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "GPUs of a CPU machine": (
         ("cluster.gpus_per_node=0", APART, f"{OWN}.gpus_per_node=1"),
         (f"{OWN}.gpus_per_node", "cluster.gpus_per_node"),
+    ),
+    "NCCL on a CPU": (
+        ("cluster.gpus_per_node=0", APART, f"{GEN}.refit_transport=nccl"),
+        (f"{GEN}.refit_transport", "cluster.gpus_per_node"),
     ),
     "tensor parallel on a CPU": (
         ("cluster.gpus_per_node=0", f"{GEN}.vllm_cfg.tensor_parallel_size=2"),
