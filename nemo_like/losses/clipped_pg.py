@@ -35,7 +35,7 @@ class ClippedPG:
         `loss_divisor_tokens`: Dr. GRPO (arXiv:2503.20783), section 3.2.
         `ratio_clip_c`: dual-clip PPO (arXiv:1912.09729), section "Dual-clip PPO".
         `sequence_level_importance_ratios`: GSPO (arXiv:2507.18071), eqs. 5 and 7, computed as its
-        token variant, eqs. 13 and 14, which has the same value and gradient where all tokens of a
+        token variant, section 4.3, which has the same value and gradient where all tokens of a
         sequence share one advantage.
         `use_cispo`: MiniMax-M1 (arXiv:2506.13585), eqs. 4 and 5.
         `disable_ppo_ratio`: REINFORCE (Williams, 1992).

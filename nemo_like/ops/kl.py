@@ -57,7 +57,7 @@ def kl_loss(
     that part. Given `sampled_logprobs` the factor also corrects for tokens that another policy
     drew; without, its value is 1. Where a clamp acts there is no gradient, by either way.
 
-    Source: the unbiased KL estimate of DeepSeek-V3.2 (arXiv:2512.02556), section 3.1. GRPO
+    Source: the unbiased KL estimate of DeepSeek-V3.2 (arXiv:2512.02556), section 3.1, eq. 7. GRPO
     (arXiv:2402.03300), eq. 3, has the estimate without the factor.
     """
     log_ratio = ref_logprobs - logprobs
