@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nemo_like.config import compat, compose
 from nemo_like.config.command_line import to_yaml
 from nemo_like.config.draft import Draft
+from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.report import nearest_keys, report
 from nemo_like.config.schema import defaults, known_paths
 from nemo_like.config.sft import SFTTree
@@ -20,6 +21,7 @@ from nemo_like.errors import ConfigError
 
 KNOWN = known_paths(SFTTree)
 SCHEMA = compose.Schema(KNOWN, defaults(SFTTree))
+KNOWN_IN_GRPO = known_paths(GRPOTree)
 quick = settings(
     max_examples=60,
     deadline=None,
@@ -28,14 +30,17 @@ quick = settings(
 )
 
 words = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
-names = st.sampled_from(sorted({part for path in KNOWN for part in path.split(".")})) | words
+paths = sorted({*KNOWN, *KNOWN_IN_GRPO})
+names = st.sampled_from(sorted({part for path in paths for part in path.split(".")})) | words
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | words
 trees = st.recursive(
     scalars,
     lambda t: st.lists(t, max_size=3) | st.dictionaries(names, t, max_size=4),
     max_leaves=12,
 )
-sections = st.dictionaries(st.sampled_from(["sft", "policy", "data", "cluster"]) | names, trees)
+sections = st.dictionaries(
+    st.sampled_from(["sft", "grpo", "loss_fn", "env", "policy", "data", "cluster"]) | names, trees
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +48,13 @@ def base() -> compose.Files:
     return compose.read_files(compose.CONFIGS / "sft_tiny.yaml", ())
 
 
+@pytest.mark.parametrize(("tree", "known"), [(SFTTree, KNOWN), (GRPOTree, KNOWN_IN_GRPO)])
 @quick
 @given(values=sections)
-def test_any_nested_values_give_a_tree_or_a_report(values):
-    draft = Draft(values, SCHEMA.defaults)
+def test_any_nested_values_give_a_tree_or_a_report(tree, known, values):
+    draft = Draft(values, defaults(tree))
     compat.translate(draft)
-    node, problems = validate(draft, SFTTree, KNOWN)
+    node, problems = validate(draft, tree, known)
     assert (node is None) == bool(problems)
     assert report(problems, draft)
 
@@ -111,12 +117,13 @@ def test_any_tree_survives_being_written_and_read(tmp_path, lr, name, overrides)
 
 
 @quick
-@given(path=st.sampled_from(sorted(KNOWN)), where=st.floats(0, 0.999))
+@given(path=st.sampled_from(paths), where=st.floats(0, 0.999))
 def test_a_key_with_one_letter_missing_is_found_again(path, where):
+    known = KNOWN if path in KNOWN else KNOWN_IN_GRPO
     place, _, name = path.rpartition(".")
     if len(name) < 5:
         return
     at = int(where * len(name))
     typo = f"{place}.{name[:at]}{name[at + 1 :]}".lstrip(".")
-    if typo not in KNOWN:
-        assert path in nearest_keys(typo, KNOWN)
+    if typo not in known:
+        assert path in nearest_keys(typo, known)
