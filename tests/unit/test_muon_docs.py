@@ -62,7 +62,7 @@ def test_scales_are_those_of_the_page(shape):
     R, C = shape
     names = {"sqrt": lambda x: x**0.5, "max": max, "R": R, "C": C}
     for row in rows_of("| `muon_scale_mode` | scale(R, C) |"):
-        formula = re.sub(r"0\.2 sqrt", "0.2 * sqrt", row[1])
+        formula = re.sub(r"([\d.]+) sqrt", r"\1 * sqrt", row[1])
         for mode in re.findall(r"`(\w+)`", row[0]):
             assert scale_factor(mode, R, C) == pytest.approx(eval(formula, names)), mode
 
