@@ -6,10 +6,12 @@ The model, who owns its parameters, the layout and the memory of a rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from nemo_like.assets import model_folder
 from nemo_like.cluster.placement import Placement, count_local_gpus, place
+from nemo_like.config.command_line import parse
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.config.sft import SFTTree
@@ -27,21 +29,21 @@ STATE_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
 
 def dry_run_sft(tree: SFTTree) -> int:
     """Print what `run_sft` would do with this configuration; the exit code."""
-    return _dry_run(tree, {})
+    return _dry_run(tree, dict)
 
 
 def dry_run_grpo(tree: GRPOTree) -> int:
     """Print what `run_grpo` would do with this configuration; the exit code."""
-    return _dry_run(tree, _rollout_facts(tree))
+    return _dry_run(tree, lambda: _rollout_facts(tree))
 
 
-def _dry_run(tree: RunTree, facts: dict[str, str]) -> int:
+def _dry_run(tree: RunTree, own_facts: Callable[[], dict[str, str]]) -> int:
     console = RunConsole()
     try:
         placement = place(
             tree.training_cluster, parallel_sizes(tree.policy), gpus_found=count_local_gpus()
         )
-        console.table(_run_table(tree, placement, facts))
+        console.table(_run_table(tree, placement, own_facts()))
         if isinstance(tree.policy.backend, DTensorConfig):
             routing = planned_routing(tree.policy)
             console.table(ownership_table([vars_of(row) for row in routing.rows]))
@@ -114,7 +116,10 @@ def _rollout_facts(tree: GRPOTree) -> dict[str, str]:
         "reference model": "the start weights" if tree.loss_fn.needs_reference else "none",
     }
     if policy.sft_config is not None:
-        facts["start weights"] = f"those of the run of {policy.sft_config}"
+        file = Path(policy.sft_config)
+        before = parse(["--config", str(file)], tree=SFTTree, default_config=file).tree
+        folder = before.checkpointing.checkpoint_dir
+        facts["start weights"] = f"the last of {folder}, made first if there are none"
     return facts
 
 
