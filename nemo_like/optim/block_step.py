@@ -35,18 +35,34 @@ class BlockStep:
     stopwatch: Stopwatch | None
     active: dict[int, Tensor] = field(default_factory=dict)
     """1 for each part of a matrix that moves, 0 for one that stays; the device is not asked."""
+    rates: dict[int, Tensor] = field(default_factory=dict)
+    """What the gradient counts in the momentum; may be broadcast over the block."""
+    decays: dict[int, Tensor] = field(default_factory=dict)
+    """What weights are multiplied with before an update."""
 
     def signals(self, numbers: Sequence[int]) -> Tensor:
         """Which parts of these matrices have reason to move, as far as this rank knows.
 
         Shapes: [all parts of all matrices], fp32.
         """
-        return torch.cat([self._signals_of(i) for i in numbers])
+        found = [self._signals_of(i) for i in numbers]
+        return torch.cat(found) if found else torch.zeros(0, device=self.device)
 
     def activate(self, numbers: Sequence[int], signals: Tensor) -> None:
         """Take these signals for what all ranks agree on."""
-        parts = signals.split([self.num_parts[i] for i in numbers])
-        self.active.update(zip(numbers, parts, strict=True))
+        if not numbers:
+            return
+        like, counts = self.weights[numbers[0]], [self.num_parts[i] for i in numbers]
+        self.active.update(zip(numbers, signals.split(counts), strict=True))
+        exact = signals.to(like.device, torch.float64)
+        for factors, values in (
+            (self.rates, (1 - self.rule.momentum) * exact),
+            (self.decays, 1 - self.lr * self.weight_decay * exact),
+        ):
+            parts = values.to(like.dtype).split(counts)
+            factors.update(zip(numbers, parts, strict=True))
+            for i in self.part_of.keys() & numbers:
+                factors[i] = factors[i][self.part_of[i].to(like.device)]
 
     def average(self, numbers: Sequence[int]) -> dict[int, Tensor]:
         """Move the momentum of these matrices; what is to be orthogonalised."""
@@ -57,8 +73,7 @@ class BlockStep:
             self.gradients[i] if i in self.gradients else torch.zeros_like(self.momenta[i])
             for i in numbers
         ]
-        rates = self._factors(numbers, 0.0, 1 - self.rule.momentum)
-        torch._foreach_lerp_(buffers, gradients, rates)
+        torch._foreach_lerp_(buffers, gradients, [self.rates[i] for i in numbers])
         if self.rule.nesterov:
             buffers = list(torch._foreach_lerp(gradients, buffers, self.rule.momentum))
         return dict(zip(numbers, buffers, strict=True))
@@ -69,8 +84,7 @@ class BlockStep:
             return
         weights = [self.weights[i] for i in updates]
         if self.weight_decay:
-            decays = self._factors(list(updates), 1.0, -self.lr * self.weight_decay)
-            torch._foreach_mul_(weights, decays)
+            torch._foreach_mul_(weights, [self.decays[i] for i in updates])
         # Of weights that are kept on the CPU the updates come from the GPU.
         steps = [update.to(w.device) for update, w in zip(updates.values(), weights, strict=True)]
         torch._foreach_add_(weights, steps, alpha=-self.lr)
@@ -81,23 +95,14 @@ class BlockStep:
             return torch.zeros(count, device=self.device)
         if self.rule.zero_grad == "always":
             return torch.ones(count, device=self.device)
-        largest = gradient.abs()
         if i not in self.part_of:
-            largest = largest.amax().reshape(1).to(self.device)
+            if gradient.device.type == "cpu" and gradient[:1].any():  # most of the time
+                return torch.ones(1, device=self.device)
+            largest = gradient.abs().amax().reshape(1).to(self.device)
         else:
             part_of = self.part_of[i]
-            largest = largest.amax(1 if part_of.shape[1] == 1 else 0).to(self.device)
+            dim = 1 if part_of.shape[1] == 1 else 0
+            largest = gradient.abs().amax(dim).to(self.device)
             parts = largest.new_zeros(count)
             largest = parts.scatter_reduce(0, part_of.flatten(), largest, "amax")
         return (largest != 0).float()  # NaN, too, is not zero
-
-    def _factors(self, numbers: Sequence[int], base: float, factor: float) -> list[Tensor]:
-        """`base + factor * active` for each matrix, to be multiplied with its block."""
-        like = self.weights[numbers[0]]
-        active = torch.cat([self.active[i] for i in numbers]).double()
-        every = (base + factor * active).to(like.device, like.dtype)
-        parts = every.split([self.num_parts[i] for i in numbers])
-        return [
-            part[self.part_of[i].to(like.device)] if i in self.part_of else part[0]
-            for i, part in zip(numbers, parts, strict=True)
-        ]

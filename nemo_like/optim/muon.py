@@ -21,8 +21,8 @@ from nemo_like.optim.norm import local
 from nemo_like.optim.rule import MuonRule
 from nemo_like.optim.views import View
 
-CACHED_ELEMENTS, FILLING_ELEMENTS = 2**19, 2**26
-"""Elements that go through Newton-Schulz together: what fits a CPU's cache, what fills a GPU."""
+FILLING_ELEMENTS = 2**26
+"""Elements that go through Newton-Schulz together on a GPU; a CPU takes matrices one by one."""
 
 
 class Muon:
@@ -43,6 +43,7 @@ class Muon:
         self.rule, self.parameters, self._views = rule, parameters, views
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._device = _compute_device(parameters[0])
+        self._batch = 1 if self._device.type == "cpu" else FILLING_ELEMENTS
         self._wire = rule.wire(parameters[0].dtype)
         self.plan = rule.plan(layouts, views, parameters[0].dtype)
         self._pieces = list(self._pieces_here(layouts))
@@ -90,10 +91,10 @@ class Muon:
         )
         self._last = now
         orthogonalize = partial(self._orthogonalized, now)
+        at_home = [i for chunk in self._chunks for i in chunk if i in now.gradients]
+        now.activate(at_home, now.signals(at_home))
         for chunk in self._chunks:
-            present = [i for i in chunk if i in now.gradients]
-            if present:
-                now.activate(present, now.signals(present))
+            if present := [i for i in chunk if i in now.gradients]:
                 ahead = now.average(present)
                 updates = orthogonalize(present, [ahead[i] for i in present])
                 now.apply(dict(zip(present, updates, strict=True)))
@@ -159,7 +160,7 @@ class Muon:
             for view, whole in zip(views, wholes, strict=True)
         ]
         active = [
-            now.active[number].split([len(part) for part in parts])
+            _split(now.active[number], [len(part) for part in parts])
             for number, parts in zip(numbers, stacks, strict=True)
         ]
         by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
@@ -167,11 +168,11 @@ class Muon:
             for k, part in enumerate(parts):
                 by_shape[part.shape[-2:]].append((position, k))
         for places in by_shape.values():
-            for chunk in _chunks(places, [stacks[i][k].numel() for i, k in places], self._device):
+            for chunk in _chunks(places, [stacks[i][k].numel() for i, k in places], self._batch):
                 parts = [stacks[i][k] for i, k in chunk]
-                X = parts[0] if len(parts) == 1 else torch.cat(parts)
+                X = _joined(parts)
                 counts = [len(part) for part in parts]
-                kept = torch.cat([active[i][k] for i, k in chunk])
+                kept = _joined([active[i][k] for i, k in chunk])
                 gain = self.rule.scale(*X.shape[-2:])
                 update = polar(
                     X,
@@ -181,10 +182,10 @@ class Muon:
                     keep=kept > 0,
                 )
                 if now.spectra is not None:
-                    rows = (spectrum(X, update, gain) * kept[:, None]).split(counts)
+                    rows = _split(spectrum(X, update, gain) * kept[:, None], counts)
                     for (i, _), row in zip(chunk, rows, strict=True):
                         now.spectra.setdefault(numbers[i], []).append(row)
-                for (i, k), part in zip(chunk, update.to(self._wire).split(counts), strict=True):
+                for (i, k), part in zip(chunk, _split(update.to(self._wire), counts), strict=True):
                     stacks[i][k] = part
         return [
             view.merge(parts, whole.shape)
@@ -232,7 +233,7 @@ class Muon:
                 by_shape[self.plan.matrices[number].shape].append(number)
         for numbers in by_shape.values():
             sizes = [self.plan.matrices[number].numel for number in numbers]
-            yield from _chunks(numbers, sizes, self._device)
+            yield from _chunks(numbers, sizes, self._batch)
 
 
 def observations(muons: Sequence[Muon]) -> dict[str, Tensor]:
@@ -283,12 +284,19 @@ def _group_of(ranks: Sequence[int], parameter: Tensor) -> dist.ProcessGroup | No
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _split(tensor: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    return (tensor,) if len(counts) == 1 else tensor.split(counts)
+
+
 T = TypeVar("T")
 
 
-def _chunks(items: Sequence[T], sizes: Sequence[int], device: torch.device) -> Iterator[list[T]]:
-    """Items in order, as many together as are worth computing together."""
-    limit = CACHED_ELEMENTS if device.type == "cpu" else FILLING_ELEMENTS
+def _chunks(items: Sequence[T], sizes: Sequence[int], limit: int) -> Iterator[list[T]]:
+    """Items in order, as many together as do not exceed the limit; one may do that alone."""
     chunk: list[T] = []
     elements = 0
     for item, size in zip(items, sizes, strict=True):

@@ -43,11 +43,18 @@ class View:
     transposed: bool = False
     label: str = field(default="", compare=False)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is cut."""
+        return not (self.sizes or self.heads or self.transposed)
+
     def split(self, X: Tensor) -> list[Tensor]:
         """One stack of matrices for each part; a view of `X` where its memory allows.
 
         Shapes: [..., R, C] -> [n, r, c] each, as `shapes` says.
         """
+        if self.is_whole:
+            return [X.reshape(-1, *X.shape[-2:])]
         whole = X.mT if self.transposed else X
         *lead, rows, columns = whole.shape
         sizes = self._sizes(rows)
@@ -62,6 +69,8 @@ class View:
 
         Shapes: [n, r, c] each -> `shape`; with `transposed` the memory is in the other order.
         """
+        if self.is_whole:
+            return parts[0].reshape(shape)
         *lead, rows, columns = self._as_rows(shape)
         sizes = self._sizes(rows)
         if len(parts) == 1:
