@@ -112,6 +112,9 @@ IGNORED: dict[str, str] = {
     f"{_MEGATRON}.checkpoint": "one checkpoint store serves both backends",
     f"{_MEGATRON}.defer_fp32_logits": "logits become fp32 chunk by chunk",
     f"{_MEGATRON}.use_gloo_process_groups": "process groups follow the device",
+    f"{_MEGATRON}.converter_type": "the model's own configuration says its family",
+    f"{_MEGATRON}.distributed_data_parallel_config.average_in_collective": "losses are divided by "
+    "what the whole batch counts",
     f"{_MEGATRON}.train_iters": "the algorithm counts the steps",
     f"{_MEGATRON}.distributed_data_parallel_config.data_parallel_sharding_strategy": "see "
     "optimizer.use_distributed_optimizer",

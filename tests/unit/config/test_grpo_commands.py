@@ -55,9 +55,8 @@ def test_every_config_is_valid_and_survives_being_written_and_read(grpo, config,
 
 
 @pytest.mark.parametrize("command", ["", DAPO_MUON, *ALSO.values()], ids=["", "DAPO", *ALSO])
-@pytest.mark.parametrize("option", [[], ["--dry-run"]])
-def test_the_commands_are_valid(grpo, command, option):
-    assert grpo(*shlex.split(command), *option).notes == ()
+def test_the_commands_are_valid(grpo, command):
+    assert grpo(*shlex.split(command), "--dry-run").notes == ()
 
 
 def test_the_dapo_command_trains_with_muon_on_128_ranks(grpo):
