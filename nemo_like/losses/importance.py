@@ -23,11 +23,10 @@ class ImportanceWeights:
     outside_N: Tensor | None
 
 
-@torch.no_grad()
 def importance_weights(
     old_N: Tensor, sampled_N: Tensor, batch: TrainBatch, config: ClippedPGConfig
 ) -> ImportanceWeights:
-    """Old policy / rollout engine, per token or per sequence, kept within bounds.
+    """Old policy / rollout engine (constants both), per token or per sequence, kept within bounds.
 
     Both log-probabilities are 0 at tokens that do not count. All weights are 1 without
     `use_importance_sampling_correction`. A sequence's weight is the product over its tokens.

@@ -136,8 +136,13 @@ SETTINGS = {
     },
     "KL clamped": {
         "reference_policy_kl_penalty": 0.3,
+        "kl_input_clamp_value": 0.8,
+        "kl_output_clamp_value": 0.2,
+    },
+    "KL of clamped input": {
+        "reference_policy_kl_penalty": 0.3,
         "kl_input_clamp_value": 0.5,
-        "kl_output_clamp_value": 0.1,
+        "kl_output_clamp_value": None,
     },
     "KL unclamped": {
         "reference_policy_kl_penalty": 0.3,
@@ -337,6 +342,29 @@ def test_metrics_are_what_one_computes_by_hand():
     assert all(reductions[name] == name[-3:] for name in values if name[-4:] in ("_min", "_max"))
     means = [name for name, reduction in reductions.items() if reduction == "mean"]
     assert len(means) == 12 and {metrics[name].weight for name in means} == {3}
+
+
+def test_clip_fractions_count_the_tokens_that_a_clip_acts_on():
+    cases = [(2, 1)] * 1 + [(2, -1)] * 2 + [(0.5, 1)] * 3 + [(0.5, -1)] * 4 + [(2, 0), (0.5, 0)]
+    ratio_N = tensor(1, *(ratio for ratio, _ in cases))
+    batch = TrainBatch(
+        token_ids_N=torch.zeros(13, dtype=torch.int64),
+        loss_mask_N=torch.arange(13) > 0,
+        lengths_B=torch.tensor([13]),
+        num_loss_tokens=12,
+        num_sequences=1,
+        advantages_N=tensor(0, *(advantage for _, advantage in cases)),
+        old_logprobs_N=-ratio_N.log(),
+        sampled_logprobs_N=-ratio_N.log(),
+    )
+
+    def fractions(**settings):
+        values = flatten(clipped_pg(**settings)(torch.zeros_like(ratio_N), batch)[1])
+        return [12 * values["clip_fraction_low"], 12 * values["clip_fraction_high"]]
+
+    assert fractions() == pytest.approx([4, 1])
+    assert fractions(ratio_clip_max=1.5) == pytest.approx([4, 0])
+    assert fractions(use_cispo=True) == pytest.approx([3 + 4, 1 + 2])
 
 
 def test_divergence_metrics_are_the_divergences_in_expectation():
