@@ -165,6 +165,10 @@ class Journal(Protocol):
         """The step that ends the run, unless something ends it before."""
         ...
 
+    def stop(self, reason: str) -> None:
+        """End the run before this step, which did nothing; ask for the next one after it."""
+        ...
+
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time spent inside is booked under this name."""
         ...

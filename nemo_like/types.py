@@ -181,19 +181,20 @@ class TrainBatch:
         return dataclasses.replace(self, lengths_B=self.lengths_B[list(rows)], **per_token)
 
     def split(self, parts: int) -> list[TrainBatch]:
-        """As many batches of consecutive sequences, each an optimizer step with its own counts."""
-        size, rest = divmod(len(self), parts)
-        assert not rest, f"{len(self)} sequences are not {parts} equal parts"
-        return [self.select(range(at, at + size)).recounted() for at in range(0, len(self), size)]
+        """As many batches of consecutive sequences, each an optimizer step with its own counts.
+
+        They are as equal as can be, and fewer where there are fewer sequences than `parts`.
+        """
+        rows = torch.arange(len(self)).tensor_split(min(parts, len(self)))
+        return [self.select(part.tolist()).recounted() for part in rows]
 
     def recounted(self) -> TrainBatch:
         """The same with the denominators of what is here: a whole optimizer step by itself."""
+        masks = torch.split(self.loss_mask_N, self.lengths_B.tolist())
         return dataclasses.replace(
             self,
             num_loss_tokens=int(self.loss_mask_N.sum()),
-            num_sequences=sum(
-                part.any() for part in self.loss_mask_N.split(self.lengths_B.tolist())
-            ),
+            num_sequences=sum(bool(mask.any()) for mask in masks),
         )
 
     def to(self, device: torch.device) -> TrainBatch:

@@ -9,7 +9,7 @@ import torch
 from nemo_like.checkpoint import rng
 from nemo_like.checkpoint.layout import MODEL, OPTIMIZER
 from nemo_like.checkpoint.store import StateWriter
-from nemo_like.types import Example, Metric, PolicyFacts, StepStats
+from nemo_like.types import Example, Metric, PolicyFacts, Prompt, Rollout, StepStats
 
 
 class FakePolicy:
@@ -22,8 +22,8 @@ class FakePolicy:
     def begin(self, total_steps):
         return PolicyFacts({}, [], 0, "cpu", 1, 1)
 
-    def logprobs(self, batch):
-        return torch.where(batch.loss_mask_N, self.logprob, 0.0)
+    def logprobs(self, batch, reference=False):
+        return torch.where(batch.loss_mask_N, -1.0 if reference else self.logprob, 0.0)
 
     def train_step(self, batch, loss):
         share, metrics = loss(self.logprobs(batch), batch)
@@ -43,6 +43,63 @@ class FakeStream:
         return [Example((i, i + 1), (False, True)) for i in range(first, self.taken)]
 
 
+class FakePrompts:
+    """Prompt n is the token n alone."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def take(self, n):
+        first, self.taken = self.taken, self.taken + n
+        return [Prompt(i, (i,), str(i), str(i)) for i in range(first, self.taken)]
+
+
+class FakeGenerator:
+    """Sample g of a prompt in a call is g + 1 tokens long; it remembers dice and weights."""
+
+    def __init__(self, longest=99):
+        self.longest = longest
+        self.synced_at = []
+        self.seeds = []
+
+    def sync(self, policy):
+        self.synced_at.append(policy.logprob)
+
+    def generate(self, prompts, sampling):
+        self.seeds.append(sampling.seed)
+        seen, rollouts = {}, []
+        for prompt in prompts:
+            sample = seen[prompt.index] = seen.get(prompt.index, -1) + 1
+            length = min(sample + 1, self.longest)
+            rollouts.append(
+                Rollout(
+                    prompt,
+                    token_ids=tuple(range(length)),
+                    sampled_logprobs=(self.synced_at[-1],) * length,
+                    text=f"{prompt.index}.{sample}",
+                    finish_reason="length" if length == self.longest else "stop",
+                    weights_version=len(self.synced_at),
+                )
+            )
+        return rollouts
+
+    def close(self):
+        pass
+
+
+class FakeEnvironment:
+    """A rollout's reward is what `reward` makes of the numbers of its prompt and its sample."""
+
+    def __init__(self, reward):
+        self.reward = reward
+
+    def score(self, rollouts):
+        return [self.reward(*map(int, rollout.text.split("."))) for rollout in rollouts]
+
+    def close(self):
+        pass
+
+
 class FakeJournal:
     """Remembers everything in order; `stop_after` plays the signal that ends a run."""
 
@@ -50,11 +107,18 @@ class FakeJournal:
         self.first_step = first_step
         self.last_step = last_step
         self.stop_after = stop_after
+        self.stopped = False
         self.events = []
+
+    def stop(self, reason):
+        self.events.append(("stop", reason))
+        self.stopped = True
 
     def steps(self):
         for step in range(self.first_step, self.last_step + 1):
             yield step
+            if self.stopped:
+                return
             self.events.append(("end", step))
             if step == self.stop_after:
                 return
@@ -64,6 +128,7 @@ class FakeJournal:
 
     def record(self, step, batch, stats):
         self.events.append(("train", step, stats.metrics["loss"].value))
+        self.metrics = {name: metric.value for name, metric in stats.metrics.items()}
 
     def record_validation(self, step, metrics):
         self.events.append(("validation", step))

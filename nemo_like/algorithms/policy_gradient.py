@@ -1,4 +1,4 @@
-"""What the pages of GRPO and DAPO share: advantages, the frozen quantities of a step, its updates."""
+"""What the pages of GRPO and DAPO share: rewards, advantages, what a step keeps fixed, updates."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from nemo_like.config.grpo import GRPOConfig, RewardScalingConfig
+from nemo_like.config.grpo import GRPOConfig, RewardScalingConfig, RewardShapingConfig
 from nemo_like.config.loss import ClippedPGConfig
 from nemo_like.interfaces import Loss, Policy
 from nemo_like.observability.metrics import reduce
 from nemo_like.ops.advantages import clip_advantages, group_relative, standardize
 from nemo_like.ops.kl import kl_estimate, penalize
-from nemo_like.ops.rewards import scale_rewards
-from nemo_like.types import Metrics, SamplingParams, StepStats, TrainBatch
+from nemo_like.ops.rewards import penalize_truncated, scale_rewards, shape_overlong
+from nemo_like.rollout.collect import lengths_of, truncated
+from nemo_like.types import Group, Metrics, SamplingParams, StepStats, TrainBatch
 
 
 def draw(sampling: SamplingParams, step: int, batch: int = 0) -> SamplingParams:
@@ -32,6 +33,24 @@ def scaled(rewards_PG: Tensor, config: RewardScalingConfig) -> Tensor:
         source_max=config.source_max,
         target_min=config.target_min,
         target_max=config.target_max,
+    )
+
+
+def shaped(rewards_PG: Tensor, groups: Sequence[Group], config: RewardShapingConfig) -> Tensor:
+    """The rewards after what long answers cost, if they do. Shapes: [P, G]."""
+    if not config.enabled:
+        return rewards_PG
+    if config.stop_properly_penalty_coef is not None:
+        return penalize_truncated(
+            rewards_PG, truncated(groups), coefficient=config.stop_properly_penalty_coef
+        )
+    assert config.max_response_length is not None, "decided when the run was built"
+    return shape_overlong(
+        rewards_PG,
+        lengths_of(groups),
+        max_response_length=config.max_response_length,
+        overlong_buffer_length=config.overlong_buffer_length,
+        overlong_buffer_penalty=config.overlong_buffer_penalty,
     )
 
 
@@ -96,7 +115,7 @@ def update(policy: Policy, batch: TrainBatch, loss: Loss, num_updates: int) -> S
     return StepStats(reduce(one.metrics for one in stats), phases)
 
 
-def told(stats: StepStats, more: Sequence[Metrics]) -> StepStats:
+def told(stats: StepStats, *more: Metrics) -> StepStats:
     """The stats with further metrics."""
     metrics = dict(stats.metrics)
     for own in more:

@@ -146,6 +146,8 @@ class RunJournal:
         self._draft: _Draft | None = None
         self._background = ThreadPoolExecutor(1, "commit")
         self._committing: Future[Path] | None = None
+        self._given_up: str | None = None
+        self._saved_step = steps.start - 1
         self.last_saved: Path | None = None
         self.last_step_done = steps.start - 1
 
@@ -162,13 +164,22 @@ class RunJournal:
     @property
     def stopped_by(self) -> str | None:
         """What ended the run before its last step."""
-        return self._stop.reason
+        return self._given_up or self._stop.reason
+
+    def stop(self, reason: str) -> None:
+        """End the run before this step, which did nothing."""
+        self._given_up = reason
 
     def steps(self) -> Iterator[int]:
         """The steps still to do; after each: metrics, checkpoint, and what asks for an end."""
         with self._stop.listening():
             for step in self._steps:
                 yield step
+                if self._given_up is not None:
+                    if self.last_step_done != self._saved_step:
+                        self._save(self.last_step_done)
+                    self._commit(wait=True)
+                    return
                 self.last_step_done = step
                 is_last = step == self.last_step or self._stop.reason is not None
                 # Before the checkpoint: what continues from it must not miss this step's metrics.
@@ -230,6 +241,7 @@ class RunJournal:
                 self._checkpoints.abort(step)
                 raise
             self._draft = _Draft(step, ranked, self._position())
+            self._saved_step = step
 
     def _commit(self, *, wait: bool) -> None:
         """Make the draft a checkpoint once its last byte is written; with `wait`, wait for it.
