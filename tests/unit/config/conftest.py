@@ -1,18 +1,38 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from nemo_like.config import compose
 from nemo_like.config.command_line import Invocation, parse
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.sft import SFTTree
 from nemo_like.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
+READ_FILES = compose.read_files
 Parse = Callable[..., Invocation[SFTTree]]
 ParseGRPO = Callable[..., Invocation[GRPOTree]]
+
+
+@cache
+def _read_from(_: Path, path: Path, groups: tuple[str, ...]) -> compose.Files:
+    return READ_FILES(path, groups)
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra, which takes most of a command line's time, reads each file of ours once per folder."""
+
+    def read(path: Path, groups: Sequence[str]) -> compose.Files:
+        if path.is_relative_to(compose.CONFIGS):
+            return _read_from(Path.cwd(), path, tuple(groups))
+        return READ_FILES(path, groups)
+
+    monkeypatch.setattr(compose, "read_files", read)
 
 
 @pytest.fixture
