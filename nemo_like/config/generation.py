@@ -113,10 +113,15 @@ class GenerationConfig(Node):
         """Engines that this cluster has no room for; keys are those of a whole tree."""
         generation = "policy.generation"
         tensor = f"{generation}.vllm_cfg.tensor_parallel_size"
-        if self.backend == "vllm" and cluster.launcher == "local":
-            yield Conflict(
-                (f"{generation}.backend", "cluster.launcher"), "vLLM engines are Ray actors"
-            )
+        if cluster.launcher == "local":
+            if self.backend == "vllm":
+                yield Conflict(
+                    (f"{generation}.backend", "cluster.launcher"), "vLLM engines are Ray actors"
+                )
+            if self.num_cpu_engines > 1:
+                yield Conflict(
+                    (f"{generation}.num_cpu_engines", "cluster.launcher"), "`local` is one process"
+                )
         elif cluster.gpus_per_node == 0:
             given = self.colocated.resources.model_dump(exclude_none=True)
             for key in (f"{generation}.colocated.resources.{name}" for name in given):
@@ -141,17 +146,17 @@ class GenerationConfig(Node):
         colocated, own = "policy.generation.colocated", self.colocated.resources
         if cluster.num_nodes > 1:
             name, given, total = "num_nodes", own.num_nodes, cluster.num_nodes
-            rest = own.gpus_per_node in (None, num_gpus)
+            other_fits = own.gpus_per_node in (None, num_gpus)
         else:
             name, given, total = "gpus_per_node", own.gpus_per_node, num_gpus
-            rest = own.num_nodes in (None, 1)
+            other_fits = own.num_nodes in (None, 1)
         if self.colocated.enabled:
             for key in own.model_dump(exclude_none=True):
                 yield Conflict(
                     (f"{colocated}.resources.{key}", f"{colocated}.enabled"),
                     "engines that share the policy's GPUs have none of their own",
                 )
-        elif given is None or given >= total or not rest:
+        elif given is None or given >= total or not other_fits:
             yield Conflict(
                 (f"{colocated}.enabled", f"{colocated}.resources.{name}", f"cluster.{name}"),
                 f"set resources.{name} to the engines' part of the {total}, fewer than all, and "
@@ -159,8 +164,9 @@ class GenerationConfig(Node):
             )
             return
         engine = self.vllm_cfg.tensor_parallel_size
-        some = not self.colocated.enabled and cluster.num_nodes == 1
-        within = given if some and given else num_gpus
+        within = num_gpus
+        if not self.colocated.enabled and cluster.num_nodes == 1:
+            within = own.gpus_per_node or num_gpus
         if within % engine:
             yield Conflict(
                 (tensor, "cluster.gpus_per_node"),

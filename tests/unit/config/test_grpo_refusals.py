@@ -181,6 +181,10 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("cluster.launcher=local",),
         (f"{GEN}.backend", "cluster.launcher"),
     ),
+    "several engines in one process": (
+        ("cluster.launcher=local", f"{GEN}.backend=hf", f"{GEN}.num_cpu_engines=2"),
+        (f"{GEN}.num_cpu_engines", "cluster.launcher"),
+    ),
     "GPUs of a CPU machine": (
         ("cluster.gpus_per_node=0", APART, f"{OWN}.gpus_per_node=1"),
         (f"{OWN}.gpus_per_node", "cluster.gpus_per_node"),
