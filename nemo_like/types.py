@@ -56,13 +56,14 @@ class Example:
 class Prompt:
     """What an engine completes.
 
-    `index` is the row in its data set, `answer` what the environment expects.
+    `index` tells the prompts of a run apart, `answer` is what the environment `env_name` expects.
     """
 
     index: int
     token_ids: tuple[int, ...]
     text: str
     answer: str
+    env_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nemo_like.algorithms.grpo import PromptStream, Validate
+from nemo_like.algorithms.grpo import Check, PromptStream, Validate
 from nemo_like.algorithms.policy_gradient import (
     advantages,
     draw,
@@ -41,6 +41,7 @@ def train(
     prompts: PromptStream,
     validate: Validate,
     journal: Journal,
+    check: Check,
     *,
     grpo: GRPOConfig,
     loss: ClippedPG,
@@ -78,6 +79,7 @@ def train(
             batch = prepared(batch, policy, grpo, loss.config, num_updates)
         with journal.phase("train"):
             stats = update(policy, batch, loss, num_updates)
+        check(step, stats)
         shaping = {"shaped_reward": Metric(float(rewards_PG.mean()))}
         journal.record(step, batch, told(stats, rollout_metrics(groups), sampling_metrics, shaping))
         is_due = grpo.val_period > 0 and step % grpo.val_period == 0
@@ -107,7 +109,8 @@ def dynamic_sampling(
         if not grpo.use_dynamic_sampling:
             return groups, {}
         num_batches, num_drawn = num_batches + 1, num_drawn + len(groups)
-        teaches_P = has_signal(rewards_of(groups)).tolist()
+        counted_PG = ~truncated(groups) if grpo.overlong_filtering else None
+        teaches_P = has_signal(rewards_of(groups), counted_PG).tolist()
         kept += [group for group, teaches in zip(groups, teaches_P, strict=True) if teaches]
         if len(kept) >= needed:
             break
@@ -115,8 +118,8 @@ def dynamic_sampling(
     if is_starved and (grpo.on_starvation == "raise" or not kept and grpo.on_starvation != "stop"):
         raise NoSignalError(
             f"{len(kept)} of {num_drawn} groups in {num_batches} batches have rewards that differ, "
-            f"and a step takes {needed}: the problems are too easy or too hard for the policy. Change "
-            "the data, raise grpo.num_generations_per_prompt or "
+            f"and a step takes {needed}: the problems are too easy or too hard for the policy. "
+            "Change the data, raise grpo.num_generations_per_prompt or "
             "grpo.dynamic_sampling_max_gen_batches, or set grpo.on_starvation"
         )
     metrics = {

@@ -26,10 +26,12 @@ from nemo_like.rollout.collect import (
     rollout_metrics,
     truncated,
 )
-from nemo_like.types import Metrics, Prompt, SamplingParams
+from nemo_like.types import Metrics, Prompt, SamplingParams, StepStats
 
 Validate = Callable[[int], Metrics]
 """Given the step, what a validation found."""
+Check = Callable[[int, StepStats], None]
+"""Given the step and what it did, raises or speaks up if engine and policy have drifted apart."""
 
 
 class PromptStream(Protocol):
@@ -47,6 +49,7 @@ def train(
     prompts: PromptStream,
     validate: Validate,
     journal: Journal,
+    check: Check,
     *,
     grpo: GRPOConfig,
     loss: ClippedPG,
@@ -76,6 +79,7 @@ def train(
             batch = prepared(batch, policy, grpo, loss.config, num_updates)
         with journal.phase("train"):
             stats = update(policy, batch, loss, num_updates)
+        check(step, stats)
         journal.record(step, batch, told(stats, rollout_metrics(groups)))
         is_due = grpo.val_period > 0 and step % grpo.val_period == 0
         if is_due or grpo.val_at_end and step == journal.last_step:

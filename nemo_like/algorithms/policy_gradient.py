@@ -112,7 +112,11 @@ def update(policy: Policy, batch: TrainBatch, loss: Loss, num_updates: int) -> S
     for one in stats:
         for name, seconds in one.phases.items():
             phases[name] = phases.get(name, 0.0) + seconds
-    return StepStats(reduce(one.metrics for one in stats), phases)
+    metrics = reduce(one.metrics for one in stats)
+    for name, metric in metrics.items():
+        if metric.reduction == "sum":  # over the ranks of one update; of several it is their mean
+            metrics[name] = replace(metric, value=metric.value / len(stats))
+    return StepStats(metrics, phases)
 
 
 def told(stats: StepStats, *more: Metrics) -> StepStats:

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_like.types import Example
+from nemo_like.types import Example, Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,29 @@ class Corpus:
         digest = hashlib.blake2b(digest_size=16)
         for array in (self.ends_B, self.token_ids_N, self.loss_mask_N):
             digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSet:
+    """The prompts of one source, to be asked by their position."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        """The prompt of a row."""
+        return self.prompts[index]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same prompts and answers in the same order, and for no others."""
+        digest = hashlib.blake2b(digest_size=16)
+        for prompt in self.prompts:
+            digest.update(repr((prompt.token_ids, prompt.answer)).encode())
         return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from itertools import islice
 
 from nemo_like.config.data import DataConfig, DatasetConfig
 from nemo_like.data.chat import ChatEncoder
-from nemo_like.data.corpus import Corpus, CorpusBuilder
+from nemo_like.data.corpus import Corpus, CorpusBuilder, PromptSet
 from nemo_like.data.faults import Fault, FaultReport, RowError, column_settings
 from nemo_like.data.messages import Message, RowFormat
 from nemo_like.data.rows import RawRow, read_rows
@@ -53,10 +54,27 @@ class Data:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A row that is good: its example, and its prompt if it may be asked."""
+class PromptSource:
+    """The prompts of a source, and their share in a mixture."""
 
-    example: Example
+    prompts: PromptSet
+    weight: float
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """The prompts of a run; `warning` tells of bad rows that were left out."""
+
+    train: tuple[PromptSource, ...]
+    validation: tuple[PromptSource, ...]
+    warning: str | None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row that is good: its example if it is learned from, its prompt if it may be asked."""
+
+    example: Example | None
     prompt: Prompt | None
     is_held_out: bool
 
@@ -71,6 +89,7 @@ class _RowEncoder:
     held_out_share: float
     seed: int
     with_prompts: bool
+    with_examples: bool = True
 
     def encode(self, rows: Sequence[RawRow]) -> list[_Row | RowError]:
         return [self._try(row) for row in rows]
@@ -80,20 +99,25 @@ class _RowEncoder:
             return row.value
         try:
             messages = self.format.messages(row.value)
-            example = self.encoder.encode(messages)
-            self._check(example)
+            example = self.encoder.encode(messages) if self.with_examples else None
             is_held_out = self._is_held_out(messages)
             is_asked = self.with_prompts and (is_held_out or not self.held_out_share)
-            prompt = self.encoder.prompt(messages, row.number) if is_asked else None
+            if is_asked or example is None:
+                prompt = self.encoder.prompt(messages, row.number)
+            else:
+                prompt = None
+            learned_or_asked = example or prompt
+            assert learned_or_asked is not None
+            self._check(learned_or_asked.token_ids)
         except RowError as error:
             return error
         return _Row(example, prompt, is_held_out)
 
-    def _check(self, example: Example) -> None:
-        num, limit = len(example.token_ids), self.limits.max_length
+    def _check(self, token_ids: Sequence[int]) -> None:
+        num, limit = len(token_ids), self.limits.max_length
         if num > limit:
             raise RowError("too long", found=f"{num} tokens, at most {limit}", length=num)
-        vocab_size, largest = self.limits.vocab_size, max(example.token_ids)
+        vocab_size, largest = self.limits.vocab_size, max(token_ids)
         if vocab_size is not None and largest >= vocab_size:
             raise RowError("token outside the vocabulary", found=f"id {largest} of {vocab_size}")
 
@@ -146,18 +170,21 @@ class _Side:
 
     builder: CorpusBuilder = field(default_factory=CorpusBuilder)
     prompts: list[Prompt] = field(default_factory=list)
+    num_rows: int = 0
 
-    def add(self, row: _Row, num_prompts: int) -> None:
+    def add(self, row: _Row, num_prompts: float) -> None:
         if row.prompt is not None and len(self.prompts) < num_prompts:
-            self.prompts.append(replace(row.prompt, index=len(self.builder)))
-        self.builder.add(row.example)
+            self.prompts.append(replace(row.prompt, index=self.num_rows))
+        if row.example is not None:
+            self.builder.add(row.example)
+        self.num_rows += 1
 
 
 def _load(
     rows: Iterable[tuple[RawRow, _Row | RowError]],
     report: FaultReport,
     *,
-    num_prompts: int,
+    num_prompts: float,
     columns: Mapping[str, str],
 ) -> tuple[_Side, _Side]:
     """The rows kept and held out; faults go into the report, to its latest source."""
@@ -206,6 +233,62 @@ def load_data(
         DataError: one report of every bad row of every source, unless they may be left out.
         ConfigError: for a source that does not exist.
     """
+    sides, warning = _load_sides(config, encoder, limits, seed=seed, num_prompts=num_prompts)
+
+    def sources(of_training: bool) -> tuple[Source, ...]:
+        return tuple(
+            Source(
+                corpus=side.builder.build(key),
+                weight=source.weight,
+                prompts=tuple(side.prompts),
+                env_name=config.judge(source),
+            )
+            for key, source, side in sides
+            if key.startswith("data.train") == of_training
+        )
+
+    return Data(sources(True), sources(False), warning)
+
+
+def load_prompts(
+    config: DataConfig, encoder: ChatEncoder, limits: Limits, *, seed: int
+) -> PromptData:
+    """The same sources as questions with expected answers, of which nothing is learned by heart.
+
+    Limits are of the prompts alone.
+
+    Raises:
+        DataError, ConfigError: as for `load_data`.
+    """
+    sides, warning = _load_sides(
+        config, encoder, limits, seed=seed, num_prompts=math.inf, with_examples=False
+    )
+
+    def prompts(number: int, source: DatasetConfig, side: _Side) -> Iterator[Prompt]:
+        judge, first = config.judge(source), number << 32
+        for prompt in side.prompts:
+            yield replace(prompt, index=first + prompt.index, env_name=judge)
+
+    def sources(of_training: bool) -> tuple[PromptSource, ...]:
+        return tuple(
+            PromptSource(PromptSet(key, tuple(prompts(number, source, side))), source.weight)
+            for number, (key, source, side) in enumerate(sides)
+            if key.startswith("data.train") == of_training
+        )
+
+    return PromptData(sources(True), sources(False), warning)
+
+
+def _load_sides(
+    config: DataConfig,
+    encoder: ChatEncoder,
+    limits: Limits,
+    *,
+    seed: int,
+    num_prompts: float,
+    with_examples: bool = True,
+) -> tuple[list[tuple[str, DatasetConfig, _Side]], str | None]:
+    """Every source by its key, what is held out of one as a source of validation; a warning."""
     length_limits = {"policy.max_total_sequence_length": limits.max_length}
     if config.max_input_seq_length is not None:
         length_limits["data.max_input_seq_length"] = config.max_input_seq_length
@@ -223,6 +306,7 @@ def load_data(
             held_out_share=share,
             seed=own_seed,
             with_prompts=num_prompts > 0 and (share > 0 or not is_train),
+            with_examples=with_examples,
         )
         rows = _encode_all(read_rows(source, seed=own_seed), row_encoder, config.num_workers)
         report.source(key)
@@ -231,20 +315,7 @@ def load_data(
         if share:
             sides.append((f"data.validation (held out of {key})", source, held_out))
     warning = report.check(drop=config.bad_rows == "drop", max_share=config.max_bad_rows)
-    train: list[Source] = []
-    validation: list[Source] = []
     for key, source, side in sides:
-        is_train = key.startswith("data.train")
-        (train if is_train else validation).append(_source(key, source, side, config))
-    return Data(tuple(train), tuple(validation), warning)
-
-
-def _source(key: str, source: DatasetConfig, side: _Side, config: DataConfig) -> Source:
-    if not len(side.builder):
-        raise DataError(f"{key}: no row is left of {source.data_path or source.dataset_name}")
-    return Source(
-        corpus=side.builder.build(key),
-        weight=source.weight,
-        prompts=tuple(side.prompts),
-        env_name=config.judge(source),
-    )
+        if not side.num_rows:
+            raise DataError(f"{key}: no row is left of {source.data_path or source.dataset_name}")
+    return sides, warning

@@ -1,20 +1,38 @@
-"""An endless, resumable stream of examples from weighted sources."""
+"""An endless, resumable stream of examples or prompts from weighted sources."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_like.data.corpus import Corpus
 from nemo_like.errors import CheckpointError, DataError
-from nemo_like.types import Example
+
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Loader:
-    """Draws examples; what comes next is a function of the seed and of how many were drawn.
+class Rows(Protocol[T_co]):
+    """What can be drawn from: a `Corpus` of examples, a `PromptSet`."""
+
+    @property
+    def name(self) -> str:
+        """The source."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same rows in the same order, and for no others."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> T_co: ...
+
+
+class Loader(Generic[T_co]):
+    """Draws rows; what comes next is a function of the seed and of how many were drawn.
 
     Of each source every row comes once before any comes again. Between sources, the next example
     comes from the one that is furthest behind its weight, so that at all times each has its share
@@ -23,7 +41,7 @@ class Loader:
 
     def __init__(
         self,
-        corpora: Sequence[Corpus],
+        corpora: Sequence[Rows[T_co]],
         *,
         weights: Sequence[float] | None = None,
         seed: int,
@@ -52,7 +70,7 @@ class Loader:
         """Examples drawn so far."""
         return sum(self._taken)
 
-    def take(self, n: int) -> list[Example]:
+    def take(self, n: int) -> list[T_co]:
         """The next examples."""
         return [self._next() for _ in range(n)]
 
@@ -89,7 +107,7 @@ class Loader:
             "fingerprints": {corpus.name: corpus.fingerprint for corpus in self._corpora},
         }
 
-    def _next(self) -> Example:
+    def _next(self) -> T_co:
         drawn = self.num_taken + 1
         behind = [
             share * drawn - taken for share, taken in zip(self._shares, self._taken, strict=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_like.errors import DataError
 from nemo_like.interfaces import Environment, Generator
+from nemo_like.ops.rewards import has_signal
 from nemo_like.types import Example, Group, Metric, Metrics, Prompt, SamplingParams, TrainBatch
 
 
@@ -90,11 +91,10 @@ def rollout_batch(
 def rollout_metrics(groups: Sequence[Group]) -> Metrics:
     """What came out: rewards, lengths, and how many groups can teach anything."""
     rewards, lengths = rewards_of(groups), lengths_of(groups).double()
-    mixed = (rewards.amax(-1) > rewards.amin(-1)).double()
     return {
         "reward": Metric(float(rewards.mean())),
         "reward_std": Metric(float(rewards.std(correction=0))),
-        "mixed_groups": Metric(float(mixed.mean())),
+        "mixed_groups": Metric(float(has_signal(rewards).double().mean())),
         "mean_gen_tokens_per_sample": Metric(float(lengths.mean())),
         "max_gen_tokens_per_sample": Metric(float(lengths.amax())),
         "truncation_rate": Metric(float(truncated(groups).double().mean())),

@@ -29,7 +29,7 @@ class Run:
         self.policy, self.generator = FakePolicy(), FakeGenerator(longest)
         self.prompts = FakePrompts()
         self.journal = FakeJournal(last_step=options.pop("steps", 2))
-        self.validated = []
+        self.validated, self.checked = [], []
         defaults = {
             "num_prompts_per_step": 2, "num_generations_per_prompt": 4, "val_period": 0,
             "val_at_start": False, "val_at_end": False,
@@ -41,6 +41,7 @@ class Run:
             self.prompts,
             lambda step: self.validated.append(step) or {},
             self.journal,
+            lambda step, stats: self.checked.append(step),
             grpo=GRPOConfig(**defaults | options),
             loss=ClippedPG(ClippedPGConfig(**{"reference_policy_kl_penalty": 0.0} | (loss or {}))),
             sampling=SamplingParams(max_new_tokens=8, seed=7),
