@@ -66,6 +66,11 @@ class WorkerGroup:
             self._started = executor.submit(self._start)
             executor.shutdown(wait=False)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether its processes were ended, because one of them died or did not answer."""
+        return self._broken is not None
+
     def wait_ready(self) -> None:
         """Returns when every worker has made its object.
 

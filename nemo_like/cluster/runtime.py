@@ -21,7 +21,10 @@ from nemo_like.config.run import ClusterConfig
 from nemo_like.errors import ConfigError, WorkerError
 
 OBJECT_STORE_BYTES = 1 << 30
-"""Of a cluster that we start: batches and bounded chunks of weights pass through, nothing stays."""
+"""Of a cluster that we start: batches pass through, and the weights that engines hold stay.
+
+What is too much for it, Ray writes to the disk.
+"""
 UNRATIONED_CPUS = 1024
 """Of a cluster that we start: how many workers share the cores is the user's choice, not Ray's."""
 HEAD_LOST_S = "15"

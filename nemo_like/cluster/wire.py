@@ -1,4 +1,4 @@
-"""Weights on their way between processes, in bounded chunks of plain bytes."""
+"""Weights on their way between processes, in bounded chunks of plain bytes with digests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from nemo_like.errors import CheckpointError
+from nemo_like.weight_sync.digest import tensor_digest
 
 Named = tuple[str, Tensor]
 
@@ -20,17 +23,24 @@ class WireTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     raw: np.ndarray
+    digest: str
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> WireTensor:
         """The bytes of a tensor on any device."""
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return cls(name, tensor.dtype, tuple(tensor.shape), raw)
+        return cls(name, tensor.dtype, tuple(tensor.shape), raw, tensor_digest(tensor))
 
     def tensor(self) -> Tensor:
-        """A tensor with memory of its own: to write to the object store's would crash."""
+        """A tensor with memory of its own: to write to the object store's would crash.
+
+        Raises:
+            CheckpointError: it is not the tensor that was sent.
+        """
         tensor = torch.empty(self.shape, dtype=self.dtype)
         tensor.reshape(-1).view(torch.uint8).numpy()[:] = self.raw
+        if tensor_digest(tensor) != self.digest:
+            raise CheckpointError(f"{self.name} was damaged on its way between two processes")
         return tensor
 
 

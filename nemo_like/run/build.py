@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nemo_like.cluster.placement import (
 )
 from nemo_like.cluster.policy import RemotePolicy
 from nemo_like.cluster.runtime import RayCluster
+from nemo_like.config.generation import RolloutPolicyConfig
 from nemo_like.config.megatron import MegatronConfig
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.config.run import ClusterConfig
@@ -47,20 +48,44 @@ class EngineFactory:
     device: str
 
     def __call__(self) -> Any:
-        """The reference engine, without weights yet."""
+        """An engine without weights yet; the reference engine, where none is asked for."""
         from nemo_like.assets import model_folder
         from nemo_like.backends.dtensor.model import load_hf_config
         from nemo_like.data.tokenizer import load_tokenizer
-        from nemo_like.rollout.hf import HFEngine
 
-        tokenizer = load_tokenizer(self.policy.tokenizer, self.policy.model_name)
-        folder = model_folder(self.policy.model_name, with_weights=False)
-        config = load_hf_config(folder, self.policy.hf_config_overrides)
-        return HFEngine(
-            config.to_dict(),
-            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-            device=self.device,
-        )
+        policy = self.policy
+        tokenizer = load_tokenizer(policy.tokenizer, policy.model_name)
+        folder = model_folder(policy.model_name, with_weights=False)
+        config = load_hf_config(folder, policy.hf_config_overrides).to_dict()
+
+        def decode(ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+        if not isinstance(policy, RolloutPolicyConfig):
+            from nemo_like.rollout.hf import HFEngine
+
+            return HFEngine(config, decode, device=self.device)
+        return _rollout_engine(policy, config, decode, self.device)
+
+
+def _rollout_engine(
+    policy: RolloutPolicyConfig, config: dict[str, Any], decode: Any, device: str
+) -> Any:
+    import torch
+
+    generation = policy.generation
+    precision = generation.vllm_cfg.precision or policy.precision
+    sizes = {"max_model_len": policy.max_model_len, "max_num_seqs": generation.max_num_seqs}
+    match generation.backend:
+        case "vllm":
+            from nemo_like.rollout.vllm import VLLMEngine
+
+            return VLLMEngine(config, decode, dtype=getattr(torch, precision), **sizes)
+        case "hf":
+            from nemo_like.rollout.hf import HFEngine
+
+            dtype = getattr(torch, policy.precision)
+            return HFEngine(config, decode, dtype=dtype, device=device, **sizes)
 
 
 @dataclass(frozen=True)
@@ -99,10 +124,12 @@ def machines(
     *,
     log_folder: Path,
     with_generator: bool,
+    say: Callable[[str], object],
 ) -> Iterator[Machines]:
     """Policy and generator on the machines that the configuration names; ended with the block.
 
     Under Ray the workers are still starting when the block begins: the first call waits for them.
+    `say` is told of engines that are lost and replaced.
     """
     if cluster.address is None:
         _check_gpus(cluster)
@@ -114,39 +141,82 @@ def machines(
         return
     ray = RayCluster(cluster)
     groups: list[WorkerGroup] = []
+    generator: RemoteGenerator | None = None
     try:
         ray.start()
         placement = place(cluster, parallel_sizes(policy), gpus_found=ray.gpus_found())
 
-        def group(name: str, made_by: Any, where: Any) -> WorkerGroup:
+        def group(name: str, made_by: Any, where: Any, env: Mapping[str, str]) -> WorkerGroup:
             config = GroupConfig(
                 name=name,
                 placement=where,
                 factory=made_by,
                 log_dir=log_folder / "workers",
                 timeout_s=cluster.worker_timeout_s,
-                env_vars=policy.backend.env_vars,
+                env_vars={**env, **policy.backend.env_vars},
             )
-            groups.append(WorkerGroup(ray, config))
-            groups[-1].start()
-            return groups[-1]
+            started = WorkerGroup(ray, config)
+            groups.append(started)
+            started.start()
+            return started
 
         remote = RemotePolicy(
-            group("policy", factory, placement),
+            group("policy", factory, placement, {}),
             placement,
             train=batchings.train,
             logprob=batchings.logprob,
         )
-        generator = None
         if with_generator:
+            engines = _engines(policy, placement)
+            where = place_single(uses_gpu=False, threads=cluster.cpu_threads_per_worker)
             generator = RemoteGenerator(
-                group("generator", EngineFactory(policy, "cpu"), place_single(uses_gpu=False))
+                lambda number: group(f"engine_{number}", engines.factory, where, engines.env_vars),
+                num_engines=engines.count,
+                say=say,
             )
         yield Machines(remote, generator)
     finally:
+        if generator is not None:
+            generator.close()
         for started in groups:
             started.close()
         ray.close()
+
+
+@dataclass(frozen=True)
+class _Engines:
+    """The engines of a run: how many, made from what, in which environment."""
+
+    factory: EngineFactory
+    count: int = 1
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+
+
+def _engines(policy: PolicyConfig, placement: Placement) -> _Engines:
+    """The engines of a run, all of them on CPUs.
+
+    Raises:
+        ConfigError: engines on GPUs, or weights that travel between GPUs.
+    """
+    factory = EngineFactory(policy, "cpu")
+    if not isinstance(policy, RolloutPolicyConfig):
+        return _Engines(factory)
+    generation = policy.generation
+    if generation.refit_transport not in (None, "object_store"):
+        raise ConfigError(
+            f"policy.generation.refit_transport={generation.refit_transport} is between GPUs, and "
+            "this version's engines run on CPUs: leave it out, or set object_store"
+        )
+    if generation.backend == "hf":
+        return _Engines(factory, generation.num_cpu_engines)
+    if placement.uses_gpu:
+        raise ConfigError(
+            "policy.generation.backend=vllm: this version's vLLM engines run on CPUs, and were "
+            "never tried on a GPU. Set cluster.gpus_per_node=0, or policy.generation.backend=hf"
+        )
+    from nemo_like.rollout.vllm import ENVIRONMENT
+
+    return _Engines(factory, generation.num_cpu_engines, ENVIRONMENT)
 
 
 def _check_gpus(cluster: ClusterConfig) -> None:

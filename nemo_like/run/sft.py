@@ -21,14 +21,14 @@ from nemo_like.observability.metrics import reduce
 from nemo_like.observability.records import Answer
 from nemo_like.run.build import Batchings, Machines, build_environment, machines, policy_factory
 from nemo_like.run.session import Session, read_model_config
-from nemo_like.types import Metrics, SamplingParams, TrainBatch
+from nemo_like.types import Example, Metrics, SamplingParams, TrainBatch
 
 
 @dataclass(frozen=True)
 class SFTData:
     """The data of a run, ready to be drawn from."""
 
-    loader: Loader
+    loader: Loader[Example]
     validation: list[TrainBatch]
     data: Data
     tokenizer: Any
@@ -83,6 +83,7 @@ def _machines(tree: SFTTree, session: Session) -> Any:
         Batchings(train=Batching.for_training(policy), logprob=logprob),
         log_folder=session.folder.path,
         with_generator=sft.val_num_answers > 0,
+        say=session.say,
     )
 
 
@@ -135,7 +136,7 @@ def _validation_batches(tree: SFTTree, data: Data) -> list[TrainBatch]:
     return [TrainBatch.of(examples[at : at + size]) for at in range(0, wanted, size)]
 
 
-def num_steps(tree: SFTTree, loader: Loader) -> int:
+def num_steps(tree: SFTTree, loader: Loader[Example]) -> int:
     """The optimizer steps of the run: the smaller of epochs and steps.
 
     Raises:

@@ -1,6 +1,5 @@
 """Workers under real Ray: one Ray for the module, objects that import no more than they need."""
 
-import math
 import os
 import signal
 import sys
@@ -11,15 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_like.cluster.generator import RemoteGenerator
 from nemo_like.cluster.group import GroupConfig, WorkerGroup
 from nemo_like.cluster.placement import ParallelAxis, ParallelSizes, place
 from nemo_like.cluster.policy import RemotePolicy
 from nemo_like.cluster.runtime import RayCluster, import_ray
 from nemo_like.config.run import ClusterConfig
 from nemo_like.data.batching import Batching
-from nemo_like.errors import ConfigError, DataError, NonFiniteError, WorkerError
-from nemo_like.types import Example, Metric, Prompt, Rollout, SamplingParams, StepStats, TrainBatch
+from nemo_like.errors import ConfigError, NonFiniteError, WorkerError
+from nemo_like.types import Example, Metric, StepStats, TrainBatch
 
 CONFIG = ClusterConfig(gpus_per_node=0, cpu_workers_per_node=2)
 ONE = ParallelAxis(1, "")
@@ -101,24 +99,6 @@ class SumBackend:
 
     def save_finished(self):
         return len(self.saved) == 1 or self.rank > 0
-
-    def close(self):
-        pass
-
-
-class ListEngine:
-    """An engine that remembers what it was given."""
-
-    def load_weights(self, tensors, *, version):
-        self.version, self.weights = version, {name: t.tolist() for name, t in tensors}
-        if any(map(math.isnan, self.weights["w0"])):
-            raise DataError("w0 holds a nan")
-
-    def generate(self, prompts, sampling):
-        rank, texts = int(os.environ["RANK"]), str(self.weights)
-        return [
-            Rollout(p, (rank, k), (), texts, "stop", self.version) for k, p in enumerate(prompts)
-        ]
 
     def close(self):
         pass
@@ -318,30 +298,3 @@ def test_weights_are_exported_whole_in_order_and_in_bounded_chunks(policy):
     assert [(name, float(t[0])) for name, t in exported] == [(f"w{i}", float(i)) for i in range(5)]
     assert all(t.dtype == torch.bfloat16 for _, t in exported)
     assert len(list(policy._group.stream("export_weights", chunk_bytes=16))) == 3
-
-
-class LocalWeights:
-    """The part of a one-process policy that a generator sees."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def export_weights(self):
-        yield "w0", torch.full((2,), self.value)
-
-
-def test_a_generator_holds_the_weights_of_its_last_sync_and_keeps_the_order(policy, make_group):
-    group, _ = make_group(factory=Make(ListEngine), name="generator")
-    generator = RemoteGenerator(group, num_engines=2)
-    generator.sync(policy)
-    prompts = [Prompt(index, (1,), "", "") for index in (7, 7, 3, 3, 9)]
-    rollouts = generator.generate(prompts, SamplingParams(4))
-    assert [r.prompt.index for r in rollouts] == [7, 7, 3, 3, 9]
-    assert [r.token_ids for r in rollouts] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2)]
-    assert rollouts[0].text == str({f"w{i}": [float(i)] * 4 for i in range(5)})
-    assert {r.weights_version for r in rollouts} == {1}
-    generator.sync(LocalWeights(8.0))
-    (rollout,) = generator.generate(prompts[:1], SamplingParams(4))
-    assert (rollout.text, rollout.weights_version) == (str({"w0": [8.0, 8.0]}), 2)
-    with pytest.raises(DataError, match="w0 holds a nan.*generator rank"):
-        generator.sync(LocalWeights(math.nan))

@@ -1,9 +1,11 @@
+import dataclasses
 import pickle
 
 import pytest
 import torch
 
 from nemo_like.cluster.wire import chunked, from_wire, to_wire
+from nemo_like.errors import CheckpointError
 
 TENSORS = [
     ("bf16", torch.randn(3, 5).bfloat16()),
@@ -30,3 +32,16 @@ def test_chunks_keep_the_order_and_the_bound_and_a_larger_tensor_travels_alone(m
     assert [name for chunk in chunks for name, _ in chunk] == [name for name, _ in TENSORS]
     for chunk in chunks:
         assert chunk and (len(chunk) == 1 or sum(t.nbytes for _, t in chunk) <= max_bytes)
+
+
+@pytest.mark.parametrize("damage", ["a byte", "the type"])
+def test_a_tensor_that_is_not_what_was_sent_is_refused_by_name(damage):
+    (sent,) = to_wire([("w", torch.ones(4))])
+    raw = sent.raw.copy()
+    raw[5] ^= 1
+    arrived = {
+        "a byte": dataclasses.replace(sent, raw=raw),
+        "the type": dataclasses.replace(sent, dtype=torch.int32),
+    }[damage]
+    with pytest.raises(CheckpointError, match="w was damaged on its way"):
+        from_wire([arrived])

@@ -1,0 +1,345 @@
+"""vLLM's engine in this process: fast rollouts, with the weights it was sent and no others.
+
+Ours is the world around it: which weights it holds, who ends a completion, which random numbers a
+sample draws. It is measured against `HFEngine`, and changes its process (threads, environment,
+torch.distributed), so it lives in a worker of its own.
+
+Source: vLLM 0.32, whose in-process `LLMEngine` and `reload_weights` are used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nemo_like.errors import CheckpointError, ConfigError, NonFiniteError
+from nemo_like.rollout.sampling import (
+    Decode,
+    check_sampling,
+    completes_stop_string,
+    room_for,
+    stream_seed,
+)
+from nemo_like.rollout.weights import Delivery, ExpectedWeights
+from nemo_like.types import Prompt, Rollout, SamplingParams, sample_numbers
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in this process, and so are its weights
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",  # it would send some over the network
+    "HF_HUB_OFFLINE": "1",  # everything it needs is in a folder that we write
+}
+"""What vLLM must find in its process's environment, from the start."""
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+"""Model types whose log-probabilities and updates were compared with those of transformers."""
+
+COLDEST = 0.01
+"""vLLM takes a lower temperature for this one."""
+BLOCK_TOKENS = 128
+"""Tokens of a block of the KV cache on a CPU."""
+KV_CACHE_BYTES = 1 << 30
+"""The most that the KV cache of an engine on a CPU takes, unless one sequence needs more."""
+PREFILL_TOKENS = 8192
+"""Tokens of prompts that go through the model together."""
+
+
+@dataclass
+class _Completion:
+    """A completion in the making."""
+
+    prompt: Prompt
+    room: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] = "length"
+
+
+class VLLMEngine:
+    """An engine on vLLM, without weights yet.
+
+    Args:
+        model_config: The content of the model's `config.json`.
+        decode: Text of a completion's token ids, stop token included; from the tokenizer's owner.
+        max_model_len: Most tokens of prompt and completion.
+        dtype: Of weights and computation; log-probabilities are fp32 in any case.
+        max_num_seqs: Sequences decoded at the same time.
+        kv_cache_bytes: Memory of the KV cache; None is what `max_num_seqs` longest sequences need,
+            up to 1 GiB. With less, some sequences wait.
+
+    Raises:
+        ConfigError: a model that vLLM takes and computes wrongly, or does not take.
+    """
+
+    def __init__(
+        self,
+        model_config: Mapping[str, Any],
+        decode: Decode,
+        *,
+        max_model_len: int,
+        dtype: torch.dtype = torch.float32,
+        max_num_seqs: int = 256,
+        kv_cache_bytes: int | None = None,
+    ) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        _check_model(model_config)
+        config = AutoConfig.for_model(**model_config)
+        with torch.device("meta"):
+            self._expected = ExpectedWeights.of(AutoModelForCausalLM.from_config(config))
+        self._aliases: dict[str, list[str]] = {}
+        for alias, original in self._expected.tied.items():
+            self._aliases.setdefault(original, []).append(alias)
+        self._longest = min(max_model_len, config.max_position_embeddings)
+        self._vocab_size = config.vocab_size
+        self._decode = decode
+        self._version: int | None = None
+        os.environ.update(ENVIRONMENT)
+        self._vllm: Any = import_module("vllm")
+        self._folder = _config_folder(config)
+        if kv_cache_bytes is None:
+            kv_cache_bytes = _kv_cache_bytes(config, dtype, self._longest, max_num_seqs)
+        try:
+            self._llm: Any = self._vllm.LLM(
+                model=str(self._folder),
+                load_format="dummy",  # the weights come by `load_weights`
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # a model's own advice on sampling is not asked
+                dtype=str(dtype).removeprefix("torch."),
+                enforce_eager=True,
+                max_model_len=self._longest,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max(PREFILL_TOKENS, self._longest, max_num_seqs),
+                # A prompt in chunks draws a random number per chunk, and a CPU's stream can not be
+                # wound back.
+                enable_chunked_prefill=False,
+                block_size=BLOCK_TOKENS,
+                kv_cache_memory_bytes=kv_cache_bytes,
+                logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
+                seed=0,
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> str:
+        """Take whole tensors by Hugging Face name, all of the model's; the digest of what came.
+
+        Of tied weights one name is enough; when both come they must be equal.
+
+        Raises:
+            CheckpointError: naming what is missing, unknown, twice there, or of the wrong shape.
+                The engine then holds a mixture, and refuses to generate until a whole set arrives.
+        """
+        self._version = None
+        delivery = Delivery(self._expected)
+        source = _Guarded(weights)
+        worker = self._llm.llm_engine.model_executor.driver_worker.worker
+        worker.model_runner.reload_weights(
+            weights_iterator=self._with_aliases(delivery.fitting(source))
+        )
+        if source.exception is not None:
+            raise source.exception
+        digest = delivery.digest(version)
+        # Keys and values of prompts under the old weights would be taken for those of the new.
+        if not self._llm.llm_engine.reset_prefix_cache():
+            raise CheckpointError("vLLM would not forget its prefix cache: is it still generating?")
+        self._version = version
+        return digest
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        samples: Sequence[int] | None = None,
+    ) -> list[Rollout]:
+        """One rollout per prompt, in the order of the prompts; as `HFEngine.generate`.
+
+        Each has the random stream of (seed, index of the prompt, number of the sample); the numbers
+        drawn are vLLM's, so samples (not greedy answers) differ from those of other engines.
+
+        Raises:
+            CheckpointError: no whole set of weights was loaded.
+            ConfigError: sampling parameters that make no sense, or that vLLM would change.
+            DataError: a prompt that is empty, too long, or outside the vocabulary.
+            NonFiniteError: the model's logits are not numbers.
+        """
+        if self._version is None:
+            raise CheckpointError(
+                "the rollout engine holds no complete weights: load_weights or sync comes first"
+            )
+        check_sampling(sampling)
+        if 0 < sampling.temperature < COLDEST:
+            raise ConfigError(
+                f"temperature is {sampling.temperature}, which vLLM takes for {COLDEST}: "
+                "set 0 (greedy) or more than that"
+            )
+        numbers = sample_numbers(prompts) if samples is None else samples
+        rows = {
+            str(place): _Completion(
+                prompt,
+                room_for(prompt, sampling, longest=self._longest, vocab_size=self._vocab_size),
+            )
+            for place, prompt in enumerate(prompts)
+        }
+        try:
+            for (request, row), number in zip(rows.items(), numbers, strict=True):
+                self._llm.llm_engine.add_request(
+                    request,
+                    {"prompt_token_ids": list(row.prompt.token_ids)},
+                    self._params(row, number, sampling),
+                )
+            self._complete(rows, sampling)
+        except BaseException:
+            self._llm.llm_engine.abort_request(list(rows))
+            raise
+        return [
+            Rollout(
+                prompt=row.prompt,
+                token_ids=tuple(row.token_ids),
+                sampled_logprobs=tuple(row.logprobs),
+                text=self._decode(row.token_ids),
+                finish_reason=row.finish_reason,
+                weights_version=self._version,
+            )
+            for row in rows.values()
+        ]
+
+    def close(self) -> None:
+        """Ends the engine; safe to call twice."""
+        self._version = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+
+    def _with_aliases(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """A tied head by name too: on a CPU vLLM keeps a packed copy of it."""
+        for name, tensor in weights:
+            for each in (name, *self._aliases.get(name, ())):
+                yield each, tensor
+
+    def _params(self, row: _Completion, number: int, sampling: SamplingParams) -> Any:
+        kinds = import_module("vllm.sampling_params").RequestOutputKind
+        return self._vllm.SamplingParams(
+            max_tokens=row.room,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # what ends a completion is said by `sampling` alone
+            seed=stream_seed(sampling.seed, prompt_index=row.prompt.index, sample=number),
+            logprobs=0,  # of the token drawn, and no other
+            flat_logprobs=True,
+            detokenize=False,
+            # Stop strings are looked for here, in the text that our tokenizer makes.
+            output_kind=kinds.DELTA if sampling.stop_strings else kinds.FINAL_ONLY,
+        )
+
+    def _complete(self, rows: Mapping[str, _Completion], sampling: SamplingParams) -> None:
+        engine = self._llm.llm_engine
+        while engine.has_unfinished_requests():
+            ended = []
+            for output in engine.step():
+                (completion,) = output.outputs
+                row = rows[output.request_id]
+                if _extend(row, completion, self._decode, sampling):
+                    ended.append(output.request_id)
+            engine.abort_request(ended)
+
+
+def _extend(row: _Completion, completion: Any, decode: Decode, sampling: SamplingParams) -> bool:
+    """Writes new tokens down; whether one of them ends a row that vLLM would go on with."""
+    logprobs = completion.logprobs.logprobs
+    for token, logprob in zip(completion.token_ids, logprobs, strict=True):
+        if not math.isfinite(logprob):
+            raise NonFiniteError(
+                f"NaN or infinite logits for prompt {row.prompt.index}, token {len(row.token_ids)} "
+                "of its completion: the weights are broken, or policy.precision overflows"
+            )
+        row.token_ids.append(int(token))
+        row.logprobs.append(float(logprob))
+        if completes_stop_string(row.token_ids, decode, sampling):
+            row.finish_reason = "stop"
+            return True
+    if completion.finish_reason is not None:
+        row.finish_reason = completion.finish_reason
+    return False
+
+
+class _Guarded:
+    """An iteration that ends where its source fails, and remembers why.
+
+    vLLM must come to the end of an update: one that raises half-way leaves layers without memory.
+    """
+
+    def __init__(self, source: Iterable[tuple[str, Tensor]]) -> None:
+        self._source = source
+        self.exception: Exception | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        try:
+            yield from self._source
+        except Exception as exception:
+            self.exception = exception
+
+
+def _check_model(model_config: Mapping[str, Any]) -> None:
+    family = model_config.get("model_type")
+    if family not in FAMILIES:
+        raise ConfigError(
+            f"policy.model_name: model type {family!r} was never compared with vLLM's; those that "
+            f"were: {', '.join(FAMILIES)}. Set policy.generation.backend=hf"
+        )
+    natural = model_config["hidden_size"] // model_config["num_attention_heads"]
+    head_dim = model_config.get("head_dim") or natural
+    if family == "qwen2" and head_dim != natural:
+        raise ConfigError(
+            f"head_dim={head_dim} of this qwen2 is not hidden_size / num_attention_heads = "
+            f"{natural}: vLLM would load it, and compute with {natural}. Use a qwen3, or set "
+            "policy.generation.backend=hf"
+        )
+    sizes = import_module("vllm.v1.attention.backends.cpu_attn").CPUAttentionBackend
+    if head_dim not in sizes.get_supported_head_sizes():
+        raise ConfigError(
+            f"head_dim={head_dim}: vLLM's attention on a CPU has "
+            f"{', '.join(map(str, sizes.get_supported_head_sizes()))}. "
+            "Set policy.generation.backend=hf"
+        )
+
+
+def _config_folder(config: Any) -> Path:
+    """A folder with this configuration and nothing else, which vLLM takes for a model."""
+    folder = Path(tempfile.mkdtemp(prefix="nemo_like_vllm_"))
+    architecture = config.architectures or [_architecture(config.model_type)]
+    (folder / "config.json").write_text(
+        json.dumps(config.to_dict() | {"architectures": architecture})
+    )
+    return folder
+
+
+def _architecture(model_type: str) -> str:
+    return f"{model_type.capitalize()}ForCausalLM"
+
+
+def _kv_cache_bytes(config: Any, dtype: torch.dtype, longest: int, max_num_seqs: int) -> int:
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    per_sequence = per_token * dtype.itemsize * BLOCK_TOKENS * math.ceil(longest / BLOCK_TOKENS)
+    # vLLM keeps one block to itself.
+    wanted = per_sequence * max_num_seqs + per_token * dtype.itemsize * BLOCK_TOKENS
+    return min(wanted, max(KV_CACHE_BYTES, 2 * per_sequence))

@@ -1,0 +1,299 @@
+"""Rollout engines that die under real Ray: light processes that draw what they are told to."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_like.cluster.generator import RemoteGenerator, shares
+from nemo_like.cluster.group import GroupConfig, WorkerGroup
+from nemo_like.cluster.placement import place_single
+from nemo_like.cluster.runtime import RayCluster, import_ray
+from nemo_like.config.run import ClusterConfig
+from nemo_like.errors import CheckpointError, DataError, WorkerError
+from nemo_like.types import Prompt, Rollout, SamplingParams
+from nemo_like.weight_sync.digest import tensor_digest, weights_digest
+
+PROMPTS = [Prompt(index, (1,) * (index + 1), "", "") for index in (7, 7, 7, 3, 3, 9, 2, 2)]
+SAMPLING = SamplingParams(4, seed=5)
+
+
+class DiceEngine:
+    """Tokens that depend on the weights, the seed, the prompt and the sample; or a way to fail.
+
+    A file in its folder of faults is a fault of whichever engine removes it first.
+    """
+
+    def __init__(self, faults):
+        self.faults = faults
+
+    def load_weights(self, tensors, *, version):
+        self.version, self.weights, digests = version, {}, {}
+        for name, tensor in tensors:
+            self.weights[name] = float(tensor.sum())
+            digests[name] = tensor_digest(tensor)
+            self._fail_in("load")
+        if self.weights.get("w1") == -1:
+            raise CheckpointError("w1 is not a weight of this model")
+        return "another" if self._takes("digest") else weights_digest(digests)
+
+    def generate(self, prompts, sampling, samples):
+        self._fail_in("generate")
+        time.sleep(0.1)  # long enough for all engines to be at work
+        version = 99 if self._takes("version") else self.version
+        rollouts = []
+        for prompt, sample in zip(prompts, samples, strict=True):
+            if prompt.index == 666:
+                raise DataError("prompt 666 is too long")
+            dice = np.random.default_rng([sampling.seed, prompt.index, sample])
+            ids = tuple(dice.integers(0, 100, sampling.max_new_tokens).tolist())
+            text = f"{self.weights}"
+            rollouts.append(Rollout(prompt, ids, (0.0,) * len(ids), text, "length", version))
+        return rollouts
+
+    def pid(self):
+        return os.getpid()
+
+    def close(self):
+        pass
+
+    def _takes(self, fault):
+        try:
+            (self.faults / fault).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _fail_in(self, phase):
+        if self._takes(f"kill in {phase}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._takes(f"stop in {phase}"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if (self.faults / f"always kill in {phase}").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class MakeDice:
+    faults: Path
+
+    def __call__(self):
+        return DiceEngine(self.faults)
+
+
+class Weights:
+    """The part of a policy that a generator sees: three tensors, a chunk each."""
+
+    def __init__(self, value, *, wrong=False, breaks=False):
+        self.value, self.wrong, self.breaks = value, wrong, breaks
+
+    def export_weights(self):
+        yield "w0", torch.full((1 << 20,), float(self.value))
+        yield "w1", torch.full((1,), -1.0 if self.wrong else float(self.value))
+        if self.breaks:
+            raise ConnectionError("the policy is gone")
+        yield "w2", torch.full((1 << 20,), float(self.value))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import_ray().cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    cluster = RayCluster(ClusterConfig(gpus_per_node=0))
+    cluster.start()
+    yield cluster
+    cluster.close()
+
+
+class World:
+    """Two engines, what was said of them, and their folder of faults."""
+
+    def __init__(self, cluster, folder, timeout_s=60.0):
+        self.said, self.said_at = [], []
+        self.faults = folder / "faults"
+        self.faults.mkdir()
+
+        def start(number):
+            config = GroupConfig(
+                f"engine_{number}",
+                place_single(uses_gpu=False),
+                MakeDice(self.faults),
+                folder,
+                timeout_s,
+            )
+            group = WorkerGroup(cluster, config)
+            group.start()
+            return group
+
+        def say(text):
+            self.said.append(text)
+            self.said_at.append(time.monotonic())
+
+        self.generator = RemoteGenerator(start, num_engines=2, say=say)
+
+    def fault(self, name):
+        (self.faults / name).touch()
+
+    def pids(self):
+        return [engine.call_all("pid")[0] for engine in self.generator._engines]
+
+    def generate(self):
+        return self.generator.generate(PROMPTS, SAMPLING)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr("nemo_like.cluster.generator.CHUNK_BYTES", 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def world(cluster, tmp_path_factory):
+    world = World(cluster, tmp_path_factory.mktemp("world"))
+    yield world
+    world.generator.close()
+    world.generator.close()
+
+
+@pytest.fixture(autouse=True)
+def no_faults_are_left(world):
+    yield
+    for fault in world.faults.iterdir():
+        fault.unlink()
+    world.said.clear()
+    world.said_at.clear()
+
+
+@pytest.fixture(scope="module")
+def expected(world):
+    """What two undisturbed engines draw with the weights 8."""
+    world.generator.sync(Weights(8))
+    return [(r.token_ids, r.text) for r in world.generate()]
+
+
+def drawn(rollouts):
+    return [(r.token_ids, r.text) for r in rollouts]
+
+
+def test_work_is_shared_evenly_in_consecutive_parts_and_some_may_be_empty():
+    assert shares([1] * 8, 2) == [range(0, 4), range(4, 8)]
+    assert shares([3, 1, 1, 1], 2) == [range(0, 1), range(1, 4)]
+    assert shares([1, 1], 3) == [range(0, 1), range(1, 1), range(1, 2)]
+    assert shares([], 2) == [range(0, 0), range(0, 0)]
+    for parts in range(1, 9):
+        ranges = shares(list(range(1, 30)), parts)
+        assert [place for part in ranges for place in part] == list(range(29))
+        assert max(sum(i + 1 for i in part) for part in ranges) <= 435 / parts + 29
+
+
+def test_rollouts_come_in_the_order_of_the_prompts_with_the_random_stream_of_their_sample(
+    world, expected
+):
+    rollouts = world.generate()
+    assert [r.prompt for r in rollouts] == PROMPTS
+    assert drawn(rollouts) == expected
+    assert len({r.token_ids for r in rollouts}) == len(PROMPTS)
+    only_7 = world.generator.generate(PROMPTS[:3], SAMPLING)
+    assert drawn(only_7) == expected[:3], "whatever else is drawn, by whichever engine"
+    assert len(set(world.pids())) == 2
+    assert world.generator.generate([], SAMPLING) == []
+
+
+@pytest.mark.parametrize("phase", ["generate", "load"])
+def test_an_engine_that_is_killed_is_replaced_and_the_result_is_that_without_the_fault(
+    world, expected, small_chunks, phase
+):
+    before = world.pids()
+    started = time.monotonic()
+    world.fault(f"kill in {phase}")
+    world.generator.sync(Weights(8))
+    assert drawn(world.generate()) == expected
+    assert world.said_at[0] - started < 10, "noticed; 1.3 s where it was written"
+    assert world.said_at[1] - started < 60, "replaced; 4 s: a process that imports torch"
+    assert len(set(before) & set(world.pids())) == 1
+    assert len(world.said) == 2
+    phase_name = {"load": "load_weights"}.get(phase, phase)
+    assert f"died in {phase_name}" in world.said[0] and "takes its place" in world.said[0]
+    assert "caught up" in world.said[1]
+
+
+def test_an_engine_that_was_killed_between_two_calls_is_replaced_at_the_next(world, expected):
+    world.generator.sync(Weights(8))
+    os.kill(world.pids()[1], signal.SIGKILL)
+    assert drawn(world.generate()) == expected
+    assert len(world.said) == 2
+
+
+def test_an_engine_that_is_lost_twice_in_a_call_is_an_error_and_both_can_be_asked_again(
+    world, expected
+):
+    world.generator.sync(Weights(8))
+    world.fault("always kill in generate")
+    with pytest.raises(WorkerError, match=r"engine_\d rank 0 of 1 .* died in generate"):
+        world.generate()
+    (world.faults / "always kill in generate").unlink()
+    assert drawn(world.generate()) == expected
+
+
+def test_an_engine_that_does_not_answer_in_time_is_replaced(cluster, tmp_path, expected):
+    world = World(cluster, tmp_path, timeout_s=5.0)
+    try:
+        world.generator.sync(Weights(8))
+        world.fault("stop in generate")
+        assert drawn(world.generate()) == expected
+        assert "no answer to generate within cluster.worker_timeout_s=5" in world.said[0]
+    finally:
+        world.generator.close()
+
+
+def test_what_an_engine_refuses_is_refused_and_no_death(world):
+    world.generator.sync(Weights(8))
+    pids = world.pids()
+    with pytest.raises(DataError, match="prompt 666 is too long.*engine_1"):
+        world.generator.generate([*PROMPTS, Prompt(666, (1,), "", "")], SAMPLING)
+    assert world.pids() == pids
+    assert world.said == [] and len(world.generate()) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("policy", "fault", "error", "message"),
+    [
+        (Weights(3, wrong=True), None, CheckpointError, "w1 is not a weight of this model"),
+        (Weights(3, breaks=True), None, ConnectionError, "the policy is gone"),
+        (Weights(3), "digest", CheckpointError, "version .* for different ones: .*another"),
+    ],
+)
+def test_after_a_sync_that_failed_nothing_is_drawn_until_one_succeeds(
+    world, expected, policy, fault, error, message
+):
+    world.generator.sync(Weights(8))
+    if fault:
+        world.fault(fault)
+    with pytest.raises(error, match=message):
+        world.generator.sync(policy)
+    with pytest.raises(CheckpointError, match="a sync has to succeed first"):
+        world.generate()
+    world.generator.sync(Weights(8))
+    assert drawn(world.generate()) == expected
+
+
+def test_rollouts_of_other_weights_than_those_of_the_last_sync_are_refused(world):
+    world.generator.sync(Weights(8))
+    world.fault("version")
+    with pytest.raises(CheckpointError, match="version 99 of the weights"):
+        world.generate()
+
+
+def test_a_sync_stamps_the_rollouts_with_its_number(world):
+    world.generator.sync(Weights(3))
+    first = world.generate()
+    world.generator.sync(Weights(4))
+    second = world.generate()
+    versions = [{r.weights_version for r in rollouts} for rollouts in (first, second)]
+    (one,), (other,) = versions
+    assert other == one + 1
+    assert "'w1': 4.0" in second[0].text
