@@ -50,3 +50,9 @@ class NonFiniteError(NemoLikeError):
     """A loss or gradient is NaN or infinite; the weights were not touched."""
 
     exit_code = 7
+
+
+class MismatchError(NemoLikeError):
+    """The rollout engine gives tokens other probabilities than the policy in training."""
+
+    exit_code = 8

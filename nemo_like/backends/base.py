@@ -159,6 +159,7 @@ class RankBackend(ABC):
         assert self._schedule is not None, "begin() comes first"
         self._refuse_no_signal(shard.batch)
         phases: dict[str, float] = {}
+        tick = self.step // self.settings.updates_per_step
         with self._booked(phases, "forward_backward"):
             shares, metrics = self._backward(shard, loss)
         with self._booked(phases, "optimizer"):
@@ -169,7 +170,7 @@ class RankBackend(ABC):
             finite = self._is_finite(values, grad_norm)
             self.optimizer.watch = finite and self._is_watched()
             if finite:
-                self._schedule.apply(self.optimizer, self.step)
+                self._schedule.apply(self.optimizer, tick)
                 self.optimizer.step()
             else:
                 self._skip_or_raise(values, grad_norm)
@@ -179,8 +180,8 @@ class RankBackend(ABC):
             metrics |= {
                 "loss": Metric(math.fsum(values), "sum"),
                 "grad_norm": Metric(grad_norm),
-                "lr": Metric(self._schedule.lr(self.step - 1)),
-                "weight_decay": Metric(self._schedule.weight_decay(self.step - 1)),
+                "lr": Metric(self._schedule.lr(tick)),
+                "weight_decay": Metric(self._schedule.weight_decay(tick)),
                 "skipped_steps": Metric(self.skipped_steps),
                 **{name: Metric(value) for name, value in self.optimizer.metrics().items()},
                 **self._memory(),

@@ -14,6 +14,8 @@ class BackendSettings:
     the run. With `asynchronous_save` a save returns when the state is copied. With
     `convert_optimizer` a checkpoint whose parameters had other optimizers can be loaded. With
     `keep_reference` the weights of the start are kept too, for log-probabilities under them.
+    Log-probabilities are of logits divided by `temperature`, as engines draw tokens. The schedules
+    go on by one in every `updates_per_step` optimizer steps.
     """
 
     seed: int
@@ -21,3 +23,5 @@ class BackendSettings:
     asynchronous_save: bool = False
     convert_optimizer: bool = False
     keep_reference: bool = False
+    temperature: float = 1.0
+    updates_per_step: int = 1

@@ -2,16 +2,317 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_like.algorithms import dapo, grpo
+from nemo_like.algorithms.evaluate import Evaluation, evaluate
+from nemo_like.backends.settings import BackendSettings
+from nemo_like.checkpoint import layout
+from nemo_like.config.command_line import parse
+from nemo_like.config.generation import MismatchConfig
 from nemo_like.config.grpo import GRPOTree
-from nemo_like.errors import ConfigError
+from nemo_like.config.sft import SFTTree
+from nemo_like.data.batching import Batching
+from nemo_like.data.chat import ChatEncoder
+from nemo_like.data.datasets import Limits, PromptSource, load_prompts
+from nemo_like.data.loader import Loader
+from nemo_like.data.tokenizer import load_tokenizer
+from nemo_like.errors import ConfigError, DataError, MismatchError
+from nemo_like.interfaces import Environment
+from nemo_like.losses.clipped_pg import ClippedPG
 from nemo_like.observability.console import RunConsole
+from nemo_like.observability.records import Answer
+from nemo_like.run.build import Batchings, Machines, machines, policy_factory
+from nemo_like.run.environments import build_environments
+from nemo_like.run.session import Session, read_model_config
+from nemo_like.run.sft import run_sft
+from nemo_like.types import Metric, Metrics, Prompt, SamplingParams, StepStats
+
+
+@dataclass(frozen=True)
+class RolloutData:
+    """What a run asks, and what decodes and ends the answers."""
+
+    loader: Loader[Prompt]
+    validation: list[Prompt]
+    tokenizer: Any
+    warning: str | None
+    tokens_per_prompt: float
 
 
 def run_grpo(tree: GRPOTree) -> int:
-    """Train as configured; the exit code."""
-    error = ConfigError(
-        f"{'DAPO' if tree.grpo.is_dapo else 'GRPO'}: this version plans such runs (--dry-run) and "
-        "can not train them yet"
+    """Train as configured, from a supervised run's weights where they are asked for; exit code."""
+    if tree.policy.sft_config is not None:
+        supervised = _supervised(tree.policy.sft_config)
+        if not _is_done(supervised):
+            RunConsole().say(
+                f"the run begins with the weights of {tree.policy.sft_config}, which has not been "
+                "run to its end yet: that comes first"
+            )
+            if code := run_sft(supervised):
+                return code
+        tree = _begun_with(tree, _last_weights(supervised))
+    return Session(tree).run(lambda session, stack: _train(tree, session, stack))
+
+
+def _supervised(file: str) -> SFTTree:
+    return parse(["--config", file], tree=SFTTree, default_config=Path(file)).tree
+
+
+def _is_done(tree: SFTTree) -> bool:
+    steps = layout.find_steps(Path(tree.checkpointing.checkpoint_dir))
+    return bool(steps) and steps[-1] >= tree.sft.max_num_steps
+
+
+def _last_weights(tree: SFTTree) -> Path:
+    """The Hugging Face folder of a finished run's last checkpoint.
+
+    Raises:
+        ConfigError: it was saved without one.
+    """
+    root = Path(tree.checkpointing.checkpoint_dir)
+    folder = layout.step_folder(root, layout.find_steps(root)[-1]) / layout.HF
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} is not there, and it would be the model to begin with: the supervised run "
+            "needs checkpointing.model_save_format=safetensors"
+        )
+    return folder
+
+
+def _begun_with(tree: GRPOTree, weights: Path) -> GRPOTree:
+    policy = tree.policy.model_copy(update={"model_name": str(weights), "sft_config": None})
+    return tree.model_copy(update={"policy": policy})
+
+
+def _train(tree: GRPOTree, session: Session, stack: ExitStack) -> int:
+    world = stack.enter_context(_machines(tree, session))
+    session.say("data: reading and tokenising")
+    data = load_rollout_data(tree)
+    if data.warning:
+        session.say(data.warning)
+    environment = build_environments(
+        tree.env, sorted({tree.data.judge(source) for source in tree.data.sources().values()})
     )
-    RunConsole().error(error, last_checkpoint=None, next_command=None)
-    return error.exit_code
+    stack.callback(environment.close)
+    total_steps = num_steps(tree, data.loader)
+    facts = world.policy.begin(total_steps)
+    journal = session.open_journal(
+        world.policy,
+        facts,
+        stack,
+        tokenizer=data.tokenizer,
+        data=data.loader,
+        total_steps=total_steps,
+        tokens_per_sequence=data.tokens_per_prompt + tree.policy.max_new_tokens / 2,
+    )
+    assert world.generator is not None
+    page = dapo if tree.grpo.is_dapo else grpo
+    page.train(
+        world.policy,
+        world.generator,
+        environment,
+        data.loader,
+        _validator(tree, world, environment, data, session),
+        journal,
+        lambda step, stats: _check_agreement(step, stats, tree.policy.generation.mismatch, session),
+        grpo=_with_response_length(tree),
+        loss=ClippedPG(tree.loss_fn),
+        sampling=_sampling(tree, data.tokenizer),
+        num_updates=tree.updates_per_step,
+    )
+    return session.finish(journal, total_steps)
+
+
+def _machines(tree: GRPOTree, session: Session) -> Any:
+    policy = tree.policy
+    settings = BackendSettings(
+        seed=tree.grpo.seed,
+        skip_budget=tree.grpo.skip_non_finite_steps,
+        asynchronous_save=tree.checkpointing.is_async,
+        convert_optimizer=tree.checkpointing.optimizer_state == "convert",
+        keep_reference=tree.loss_fn.needs_reference,
+        temperature=policy.generation.temperature,
+        updates_per_step=tree.updates_per_step,
+    )
+    return machines(
+        policy,
+        tree.cluster,
+        policy_factory(policy, settings),
+        Batchings(train=Batching.for_training(policy), logprob=Batching.for_logprobs(policy)),
+        log_folder=session.folder.path,
+        with_generator=True,
+        say=session.say,
+    )
+
+
+def load_rollout_data(tree: GRPOTree) -> RolloutData:
+    """The prompts of a run.
+
+    Raises:
+        DataError: bad rows, or fewer rows than one step.
+        ConfigError: a source, tokenizer or template that does not exist.
+    """
+    policy = tree.policy
+    tokenizer = load_tokenizer(policy.tokenizer, policy.model_name)
+    encoder = ChatEncoder(
+        tokenizer,
+        template_kwargs=policy.tokenizer.chat_template_kwargs or {},
+        add_bos=tree.data.add_bos,
+        add_generation_prompt=True,
+    )
+    # A prompt must leave room for one token at least.
+    limits = Limits(policy.max_model_len - 1, read_model_config(policy)["vocab_size"])
+    found = load_prompts(tree.data, encoder, limits, seed=tree.grpo.seed)
+    loader = Loader(
+        [source.prompts for source in found.train],
+        weights=[source.weight for source in found.train],
+        seed=tree.grpo.seed,
+        shuffle=tree.data.shuffle,
+    )
+    lengths = [len(prompt.token_ids) for source in found.train for prompt in source.prompts.prompts]
+    return RolloutData(
+        loader,
+        _held_out(found.validation, tree.grpo.max_val_samples),
+        tokenizer,
+        found.warning,
+        sum(lengths) / len(lengths),
+    )
+
+
+def _held_out(sources: Sequence[PromptSource], limit: int) -> list[Prompt]:
+    """The first prompts of all sources, in proportion to their rows."""
+    rows = sum(len(source.prompts) for source in sources)
+    shares = [len(source.prompts) * min(1.0, limit / rows) for source in sources]
+    return [
+        prompt
+        for source, share in zip(sources, shares, strict=True)
+        for prompt in source.prompts.prompts[: max(1, round(share))]
+    ]
+
+
+def num_steps(tree: GRPOTree, loader: Loader[Prompt]) -> int:
+    """The steps of the run: the smaller of epochs and steps.
+
+    Raises:
+        DataError: all epochs together are less than one step.
+    """
+    grpo_config = tree.grpo
+    in_epochs = grpo_config.max_num_epochs * loader.epoch_size // grpo_config.num_prompts_per_step
+    if in_epochs == 0:
+        raise DataError(
+            f"{loader.epoch_size} prompts in grpo.max_num_epochs={grpo_config.max_num_epochs} "
+            f"epochs are less than one step of grpo.num_prompts_per_step="
+            f"{grpo_config.num_prompts_per_step}; lower it"
+        )
+    return min(grpo_config.max_num_steps, in_epochs)
+
+
+def _sampling(tree: GRPOTree, tokenizer: Any) -> SamplingParams:
+    generation = tree.policy.generation
+    stops = generation.stop_token_ids
+    return SamplingParams(
+        max_new_tokens=tree.policy.max_new_tokens,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=generation.top_k,
+        stop_token_ids=(tokenizer.eos_token_id,) if stops is None else stops,
+        stop_strings=generation.stop_strings,
+        seed=tree.grpo.seed,
+    )
+
+
+def _with_response_length(tree: GRPOTree) -> Any:
+    """The algorithm's block, with the length at which a response has its full penalty."""
+    shaping = tree.grpo.reward_shaping
+    longest = shaping.max_response_length or tree.policy.max_new_tokens
+    shaping = shaping.model_copy(update={"max_response_length": longest})
+    return tree.grpo.model_copy(update={"reward_shaping": shaping})
+
+
+def _check_agreement(step: int, stats: StepStats, bound: MismatchConfig, session: Session) -> None:
+    """Nothing, if engine and policy give the same tokens about the same probability.
+
+    Raises:
+        MismatchError: they do not, and `mismatch.action` is `stop`.
+    """
+    found = stats.metrics["token_mult_prob_error"].value
+    if found <= bound.max_token_mult_prob_error:
+        return
+    text = (
+        f"step {step}: engine and policy differ by a factor of {found:.4f} per token, expected at "
+        f"most {bound.max_token_mult_prob_error} "
+        "(policy.generation.mismatch.max_token_mult_prob_error)"
+    )
+    if bound.action == "stop":
+        raise MismatchError(
+            f"{text}. Compute in the same precision (policy.precision, "
+            "policy.generation.vllm_cfg.precision), draw from the whole distribution (top_p=1, "
+            "top_k=null), raise the bound, or set policy.generation.mismatch.action=warn and "
+            "loss_fn.use_importance_sampling_correction=true"
+        )
+    session.say(text)
+
+
+def _validator(
+    tree: GRPOTree,
+    world: Machines,
+    environment: Environment,
+    data: RolloutData,
+    session: Session,
+) -> Callable[[int], Metrics]:
+    """What a validation does: greedy answers to held-out prompts, and samples for pass@k."""
+    drawn = _sampling(tree, data.tokenizer)
+    greedy = replace(drawn, temperature=0.0, top_p=1.0, top_k=None)
+    num_samples = tree.grpo.val_num_generations_per_prompt
+
+    def ask(sampling: SamplingParams, count: int = 1) -> Evaluation:
+        assert world.generator is not None
+        size, prompts = tree.grpo.val_batch_size, data.validation
+        batches = [prompts[at : at + size] for at in range(0, len(prompts), size)]
+        parts = [
+            evaluate(
+                world.policy,
+                world.generator,
+                environment,
+                [prompt for prompt in batch for _ in range(count)],
+                sampling,
+            )
+            for batch in batches
+        ]
+        return Evaluation(
+            tuple(rollout for part in parts for rollout in part.rollouts),
+            tuple(reward for part in parts for reward in part.rewards),
+        )
+
+    def validate(step: int) -> Metrics:
+        if not data.validation:
+            return {}
+        found = ask(greedy)
+        session.show_answers(
+            Answer(step, r.prompt.text, r.text, r.prompt.answer, reward == 1.0)
+            for r, reward in zip(found.rollouts, found.rewards, strict=True)
+        )
+        metrics = found.metrics()
+        if num_samples > 1:
+            metrics |= pass_at_k(ask(drawn, num_samples).rewards, num_samples)
+        return metrics
+
+    return validate
+
+
+def pass_at_k(rewards: Sequence[float], k: int) -> Metrics:
+    """The share of prompts of whose `k` samples one is right, and of all samples that are.
+
+    Samples of a prompt follow each other.
+    """
+    groups = [rewards[at : at + k] for at in range(0, len(rewards), k)]
+    solved = sum(max(group) >= 1.0 for group in groups)
+    return {
+        f"pass@{k}": Metric(solved / len(groups), "mean", weight=len(groups)),
+        "sampled_accuracy": Metric(sum(rewards) / len(rewards), "mean", weight=len(rewards)),
+    }

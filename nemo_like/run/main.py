@@ -7,6 +7,7 @@
 5    nothing to learn from
 6    a worker failed or died
 7    a loss or gradient is not finite (the weights were not touched)
+8    engine and policy do not agree on probabilities
 75   ended by a signal or a time limit: the same command continues, or starts again
 """
 

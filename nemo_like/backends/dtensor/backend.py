@@ -45,7 +45,7 @@ class DTensorBackend(RankBackend):
                 "worker runs on a CPU; set it to false"
             )
         self.mesh = build_mesh(config, device.type)
-        model = _build_model(policy, self.mesh, device, seed=settings.seed)
+        model = _build_model(policy, self.mesh, device, settings)
         optimizer, routing = build_optimizer(
             models.named_parameters(model),
             policy.active_optimizer,
@@ -153,7 +153,7 @@ def _join_process_group() -> tuple[bool, torch.device]:
 
 
 def _build_model(
-    policy: PolicyConfig, mesh: DeviceMesh, device: torch.device, *, seed: int
+    policy: PolicyConfig, mesh: DeviceMesh, device: torch.device, settings: BackendSettings
 ) -> models.CausalLM:
     config = policy.dtensor_cfg
     is_random = policy.init == "random"
@@ -165,14 +165,17 @@ def _build_model(
     if config.tensor_parallel_size > 1:
         tensor_parallel(hf, mesh["tp"], sequence_parallel=config.sequence_parallel)
     model = models.CausalLM(
-        hf, chunk_size=policy.logprob_chunk_size, sequence_parallel=config.sequence_parallel
+        hf,
+        chunk_size=policy.logprob_chunk_size,
+        sequence_parallel=config.sequence_parallel,
+        temperature=settings.temperature,
     )
     shard_parameters(
         model, mesh, compute_dtype=DTYPES[policy.precision], cpu_offload=config.cpu_offload
     )
     models.materialize(model, torch.device("cpu") if config.cpu_offload else device)
     weights = (
-        models.random_weights(hf_config, seed)
+        models.random_weights(hf_config, settings.seed)
         if is_random
         else read_hf(
             folder,

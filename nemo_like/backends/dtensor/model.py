@@ -29,16 +29,20 @@ FAMILIES = {
 class CausalLM(nn.Module):
     """Log-probabilities of targets under a Hugging Face model, the head's product in chunks.
 
+    Logits are divided by `temperature`.
     The head's weight is used inside this module's `forward`, where FSDP2 has gathered it.
     """
 
     hf: Any  # torch's types know no attributes of transformers' modules
 
-    def __init__(self, hf: Any, *, chunk_size: int, sequence_parallel: bool) -> None:
+    def __init__(
+        self, hf: Any, *, chunk_size: int, sequence_parallel: bool, temperature: float = 1.0
+    ) -> None:
         super().__init__()
         self.hf = hf
         self.chunk_size = chunk_size
         self.sequence_parallel = sequence_parallel
+        self.temperature = temperature
 
     def forward(
         self, input_ids_RT: Tensor, position_ids_RT: Tensor, predictor_M: Tensor, target_M: Tensor
@@ -62,6 +66,8 @@ class CausalLM(nn.Module):
             )
             # Each rank's slice of the vocabulary gives a part of the hidden states' gradient.
             hidden = hidden.to_local(grad_placements=[Partial()])
+        if self.temperature != 1:
+            hidden = hidden / self.temperature  # as good as logits divided, and smaller
         return linear_logprobs(
             hidden.reshape(-1, hidden.shape[-1])[predictor_M],
             weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -14,6 +15,7 @@ from nemo_like.config.policy import PolicyConfig
 from nemo_like.types import Example, TrainBatch
 
 VOCAB = 61
+SETTINGS = {field.name for field in dataclasses.fields(BackendSettings)} - {"seed"}
 
 
 @pytest.fixture(autouse=True)
@@ -53,17 +55,18 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def make_backend(models):
-    """`make_backend(family, **policy)` with `seed`, `skip_budget` and `steps` of its own."""
+    """`make_backend(family, **policy)` with `steps` and further `BackendSettings` of its own."""
     made = []
 
-    def make(family="qwen3", *, seed=0, skip_budget=0, steps=10, begun=True, **policy):
+    def make(family="qwen3", *, seed=0, steps=10, begun=True, **options):
+        told = {name: options.pop(name) for name in SETTINGS & options.keys()}
         settings = {
             "model_name": str(models / family), "init": "random", "precision": "float32",
             "max_total_sequence_length": 64, "train_micro_batch_size": 2,
             "optimizer": {"lr": 1e-2},
         }  # fmt: skip
         backend = DTensorBackend(
-            PolicyConfig(**(settings | policy)), BackendSettings(seed, skip_budget=skip_budget)
+            PolicyConfig(**(settings | options)), BackendSettings(seed, **told)
         )
         made.append(backend)
         if begun:

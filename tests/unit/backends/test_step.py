@@ -117,6 +117,14 @@ def test_steps_within_the_budget_are_skipped_counted_and_change_nothing(make_bac
         backend.train_step(one_shard(batch_of(0)), BadLoss(0, float("nan")))
 
 
+def test_the_schedule_goes_on_once_in_so_many_updates(make_backend, batch_of):
+    backend = make_backend(steps=4, updates_per_step=2, scheduler={"lr_decay_style": "linear"})
+    rates = [
+        backend.train_step(one_shard(batch_of(0)), NLL()).metrics["lr"].value for _ in range(6)
+    ]
+    assert rates == pytest.approx([0.01, 0.01, 0.0075, 0.0075, 0.005, 0.005])
+
+
 def test_a_skipped_step_uses_up_its_place_in_the_schedule(make_backend, batch_of):
     policy = {"scheduler": {"lr_decay_style": "linear"}}
     backend = make_backend(skip_budget=1, steps=4, **policy)

@@ -14,7 +14,7 @@ from nemo_like.losses.nll import NLL
 FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 
 
-def loss_of_transformers(folder, batch):
+def loss_of_transformers(folder, batch, temperature=1.0):
     """The mean over targets, one unpadded sequence at a time, by the model's own class."""
     import transformers
 
@@ -24,7 +24,7 @@ def loss_of_transformers(folder, batch):
         ids = batch.token_ids_N[start : start + length]
         mask = batch.loss_mask_N[start : start + length]
         with torch.no_grad():
-            logits = model(ids[None]).logits[0]
+            logits = model(ids[None]).logits[0] / temperature
         picked = logits[:-1].log_softmax(-1)[torch.arange(length - 1), ids[1:]]
         total -= float(picked[mask[1:]].double().sum())
         start += length
@@ -42,6 +42,16 @@ def test_pretrained_loss_is_that_of_transformers(make_backend, models, batch_of,
     assert backend.train_step(part, NLL()).metrics["loss"].value == pytest.approx(
         expected, abs=1e-5
     )
+
+
+@FAMILIES
+def test_log_probabilities_are_of_logits_divided_by_the_temperature(
+    make_backend, models, batch_of, family
+):
+    backend, batch = make_backend(family, init="pretrained", temperature=0.7), batch_of(3)
+    part = shard(batch, 1, Batching("plain", 4))[0]
+    found = -float(backend.logprobs(part).double().sum()) / batch.num_loss_tokens
+    assert found == pytest.approx(loss_of_transformers(models / family, batch, 0.7), abs=1e-5)
 
 
 @FAMILIES
