@@ -31,7 +31,7 @@ class CustomEnvConfig(RewardWorkersConfig):
     """`env_name: custom`."""
 
     reward: str | None = None
-    """Import path `package.module:function` of a function of rollouts to their rewards."""
+    """Import path `package.module:function`: of prompt, answer and what is expected, a number."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """A text that is no import path."""
@@ -43,7 +43,7 @@ class EnvConfig(Node):
     """What judges answers; which one judges which rows says `data.train.env_name`."""
 
     on_failure: Literal["stop", "score"] = "stop"
-    """Where a reward raises, hangs, is NaN or too many: end the run, or go on with one."""
+    """Where a custom reward raises, hangs or is no finite number: end the run, or go on."""
     failure_reward: float = 0.0
     """The reward under `on_failure=score`."""
     math: MathEnvConfig = MathEnvConfig()

@@ -1,18 +1,15 @@
-"""A process that compares mathematical answers, one JSON line at a time.
+"""Whether two mathematical answers are equal, by the math-verify package.
 
-Run as `python -m nemo_like.environments.math_verifier TIMEOUT_S MEMORY_BYTES`. Each line on stdin
-is `[expected, answer]`; each line on stdout is `true` or `false`. The parsers are given whatever a
-model wrote: in a process of its own that costs at most its time and memory. No code is executed:
-only digits and operators reach the evaluator of plain expressions; LaTeX goes through a grammar.
+No code is executed: only digits and operators reach the evaluator of plain expressions; LaTeX goes
+through a grammar. What a model wrote may still keep the parsers busy for ever, so this runs in
+processes with limits (`function.py`).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import resource
-import sys
+
+from math_verify import parse, verify
 
 _LONGEST = 10_000  # an answer stands at the end
 _AFTER_HASHES = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)
@@ -32,31 +29,15 @@ def expected_answer(text: str) -> str:
     return text if r"\boxed" in text else rf"$\boxed{{{text.strip().strip('$')}}}$"
 
 
-def is_equal(expected: str, answer: str, timeout_s: int) -> bool:
-    """Whether both are the same mathematical object; False if either can not be read."""
-    from math_verify import parse, verify
+def reward(prompt: str, answer: str, expected: str, *, parser_s: int) -> float:
+    """1 if both are the same mathematical object; 0 if not, or if one can not be read.
 
-    gold = parse(expected_answer(expected), parsing_timeout=timeout_s)
-    given = parse(final_answer(answer[-_LONGEST:]), parsing_timeout=timeout_s)
-    return bool(gold and given and verify(gold, given, timeout_seconds=timeout_s))
-
-
-def main(timeout_s: int, memory_bytes: int) -> None:
-    """Answer lines until stdin ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, sys.stdout.fileno())  # what a library prints is no answer
-    os.dup2(silence, sys.stderr.fileno())
-    for line in sys.stdin:
-        try:
-            expected, answer = json.loads(line)
-            equal = is_equal(expected, answer, timeout_s)
-        except Exception:  # whatever the parsers make of it, it is not the right answer
-            equal = False
-        answers.write(json.dumps(equal) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    Each parser, and the comparison, has `parser_s` seconds: that ends most long work without the
+    loss of a process.
+    """
+    try:
+        gold = parse(expected_answer(expected), parsing_timeout=parser_s)
+        given = parse(final_answer(answer[-_LONGEST:]), parsing_timeout=parser_s)
+        return float(bool(gold and given and verify(gold, given, timeout_seconds=parser_s)))
+    except Exception:  # whatever the parsers make of it, it is not the right answer
+        return 0.0

@@ -29,7 +29,7 @@ from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.config.run import ClusterConfig
 from nemo_like.data.batching import Batching
 from nemo_like.errors import ConfigError
-from nemo_like.interfaces import Environment, Generator, Policy
+from nemo_like.interfaces import Generator, Policy
 
 
 @dataclass(frozen=True)
@@ -265,21 +265,3 @@ def parallel_sizes(policy: PolicyConfig) -> ParallelSizes:
                 ),
                 replicate=ParallelAxis(1, f"{root}.dp_replicate_size"),
             )
-
-
-def build_environment(name: str) -> Environment:
-    """The environment that judges answers.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    match name:
-        case "arithmetic":
-            from nemo_like.environments.arithmetic import ArithmeticEnvironment
-
-            return ArithmeticEnvironment()
-        case "math":
-            from nemo_like.environments.math import MathEnvironment
-
-            return MathEnvironment()
-    raise ConfigError(f"env_name={name!r}: no such environment; there are arithmetic and math")

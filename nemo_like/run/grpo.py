@@ -90,15 +90,14 @@ def _begun_with(tree: GRPOTree, weights: Path) -> GRPOTree:
 
 
 def _train(tree: GRPOTree, session: Session, stack: ExitStack) -> int:
+    judges = {tree.data.judge(source) for source in tree.data.sources().values()}
+    environment = build_environments(tree.env, judges, say=session.say)
+    stack.callback(environment.close)
     world = stack.enter_context(_machines(tree, session))
     session.say("data: reading and tokenising")
     data = load_rollout_data(tree)
     if data.warning:
         session.say(data.warning)
-    environment = build_environments(
-        tree.env, sorted({tree.data.judge(source) for source in tree.data.sources().values()})
-    )
-    stack.callback(environment.close)
     total_steps = num_steps(tree, data.loader)
     facts = world.policy.begin(total_steps)
     journal = session.open_journal(

@@ -10,6 +10,7 @@ from typing import Any
 from nemo_like.algorithms.evaluate import evaluate
 from nemo_like.algorithms.sft import train, validation_loss
 from nemo_like.backends.settings import BackendSettings
+from nemo_like.config.environments import EnvConfig
 from nemo_like.config.sft import SFTTree
 from nemo_like.data.batching import Batching
 from nemo_like.data.chat import ChatEncoder
@@ -19,7 +20,8 @@ from nemo_like.data.tokenizer import load_tokenizer
 from nemo_like.errors import ConfigError, DataError
 from nemo_like.observability.metrics import reduce
 from nemo_like.observability.records import Answer
-from nemo_like.run.build import Batchings, Machines, build_environment, machines, policy_factory
+from nemo_like.run.build import Batchings, Machines, machines, policy_factory
+from nemo_like.run.environments import build_environment
 from nemo_like.run.session import Session, read_model_config
 from nemo_like.types import Example, Metrics, SamplingParams, TrainBatch
 
@@ -166,7 +168,7 @@ def _validator(
     Answers are not asked of a policy that has not learned yet: step 0 has the loss alone.
     """
     asked = [
-        (source.prompts, build_environment(source.env_name))
+        (source.prompts, build_environment(source.env_name, EnvConfig(), say=session.say))
         for source in data.data.validation
         if source.prompts
     ]
