@@ -167,11 +167,11 @@ def machines(
             logprob=batchings.logprob,
         )
         if with_generator:
-            engines = _engines(policy, placement)
+            kind = choose_engines(policy, placement)
             where = place_single(uses_gpu=False, threads=cluster.cpu_threads_per_worker)
             generator = RemoteGenerator(
-                lambda number: group(f"engine_{number}", engines.factory, where, engines.env_vars),
-                num_engines=engines.count,
+                lambda number: group(f"engine_{number}", kind.factory, where, kind.env_vars),
+                num_engines=kind.count,
                 say=say,
             )
         yield Machines(remote, generator)
@@ -184,7 +184,7 @@ def machines(
 
 
 @dataclass(frozen=True)
-class _Engines:
+class Engines:
     """The engines of a run: how many, made from what, in which environment."""
 
     factory: EngineFactory
@@ -192,7 +192,7 @@ class _Engines:
     env_vars: Mapping[str, str] = field(default_factory=dict)
 
 
-def _engines(policy: PolicyConfig, placement: Placement) -> _Engines:
+def choose_engines(policy: PolicyConfig, placement: Placement) -> Engines:
     """The engines of a run, all of them on CPUs.
 
     Raises:
@@ -200,7 +200,7 @@ def _engines(policy: PolicyConfig, placement: Placement) -> _Engines:
     """
     factory = EngineFactory(policy, "cpu")
     if not isinstance(policy, RolloutPolicyConfig):
-        return _Engines(factory)
+        return Engines(factory)
     generation = policy.generation
     if generation.refit_transport not in (None, "object_store"):
         raise ConfigError(
@@ -208,7 +208,7 @@ def _engines(policy: PolicyConfig, placement: Placement) -> _Engines:
             "this version's engines run on CPUs: leave it out, or set object_store"
         )
     if generation.backend == "hf":
-        return _Engines(factory, generation.num_cpu_engines)
+        return Engines(factory, generation.num_cpu_engines)
     if placement.uses_gpu:
         raise ConfigError(
             "policy.generation.backend=vllm: this version's vLLM engines run on CPUs, and were "
@@ -216,7 +216,7 @@ def _engines(policy: PolicyConfig, placement: Placement) -> _Engines:
         )
     from nemo_like.rollout.vllm import ENVIRONMENT
 
-    return _Engines(factory, generation.num_cpu_engines, ENVIRONMENT)
+    return Engines(factory, generation.num_cpu_engines, ENVIRONMENT)
 
 
 def _check_gpus(cluster: ClusterConfig) -> None:
