@@ -10,7 +10,7 @@ in bf16; AdamW (fused, each rank on its own shards) is in both.
 Repeats of all sides are interleaved. Wall time is from one barrier to the next, CPU time the sum
 over all ranks; both are medians, and ratios to torch's are medians of ratios within a repeat.
 Megabytes are what a rank sends to others, the largest of all ranks. An all-gather counts as its
-input to each of the others, an all-reduce as twice the share of the others, the way rings do it.
+input to each of the others, a reduce-scatter as the shares of the others, an all-reduce as both.
 The error is that of the first update, over all matrices: the distance to the same steps of one
 process in fp64, relative, at the best factor.
 """
@@ -18,14 +18,15 @@ process in fp64, relative, at the best factor.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
+import pickle
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from muon import MODELS, Make, Parameters, apart, ours, parameters_of, split, to
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.multiprocessing import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_like.optim.newton_schulz import Polynomial, coefficients, polar
@@ -65,6 +67,9 @@ class Traffic(TorchDispatchMode):
             case "_c10d_functional::all_gather_into_tensor":
                 X, ranks, _ = args
                 self._count("all-gather", X.nbytes * (ranks - 1))
+            case "_c10d_functional::reduce_scatter_tensor":
+                X, _, ranks, _ = args
+                self._count("reduce-scatter", X.nbytes * (ranks - 1) / ranks)
             case "_c10d_functional::all_reduce":
                 X, _, group = args
                 ranks = dist.distributed_c10d._resolve_process_group(group).size()
@@ -143,32 +148,22 @@ def measure(model: str, layout: str, repeats: int) -> dict[str, Measured]:
     return found
 
 
-def serve(rank: int, size: int, store: str, arguments: tuple[str, str, int], answers) -> None:
-    """One rank."""
+def serve(rank: int, size: int, folder: str, arguments: tuple[str, str, int]) -> None:
+    """One rank; what it finds goes into a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size, init_method=f"file://{store}")
-    answers.put(measure(*arguments))
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", rank=rank, world_size=size, init_method=store)
+    found = measure(*arguments)
+    Path(folder, str(rank)).write_bytes(pickle.dumps(found))
     dist.destroy_process_group()
 
 
 def ranks_of(model: str, layout: str, repeats: int) -> list[dict[str, Measured]]:
     """What each rank of a layout finds."""
     size = torch.Size(LAYOUTS[layout][0]).numel()
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        store = f"{folder}/rendezvous"
-        arguments = (model, layout, repeats)
-        workers = [
-            context.Process(target=serve, args=(rank, size, store, arguments, answers), daemon=True)
-            for rank in range(size)
-        ]
-        for worker in workers:
-            worker.start()
-        found = [answers.get(timeout=1800) for _ in workers]
-        for worker in workers:
-            worker.join()
-    return found
+        spawn(serve, (size, folder, (model, layout, repeats)), nprocs=size)
+        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(size)]
 
 
 def compare(model: str, layout: str, repeats: int) -> Iterator[str]:
