@@ -46,6 +46,9 @@ class RolloutData:
 
 def run_grpo(tree: GRPOTree) -> int:
     """Train as configured, from a supervised run's weights where they are asked for; exit code."""
+    if unbuilt := _unbuilt(tree):
+        RunConsole().error(unbuilt, last_checkpoint=None, next_command=None)
+        return unbuilt.exit_code
     if tree.policy.sft_config is not None:
         supervised = _supervised(tree.policy.sft_config)
         if not _is_done(supervised):
@@ -57,6 +60,21 @@ def run_grpo(tree: GRPOTree) -> int:
                 return code
         tree = _begun_with(tree, _last_weights(supervised))
     return Session(tree).run(lambda session, stack: _train(tree, session, stack))
+
+
+def _unbuilt(tree: GRPOTree) -> ConfigError | None:
+    """What the configuration may say, and this version can not do yet."""
+    if tree.grpo.max_rollout_turns > 1:
+        return ConfigError(
+            f"grpo.max_rollout_turns={tree.grpo.max_rollout_turns}: this version draws one answer "
+            "per rollout; set it to 1"
+        )
+    if tree.grpo.async_grpo.enabled:
+        return ConfigError(
+            "grpo.async_grpo.enabled=true: this version draws the rollouts of a step before it "
+            "trains on them; set it to false"
+        )
+    return None
 
 
 def _supervised(file: str) -> SFTTree:

@@ -45,6 +45,13 @@ def test_the_python_on_the_page_runs(document, monkeypatch):
         exec(code, vars(page))
 
 
+@pytest.mark.parametrize("name", ["grpo", "dapo"])
+def test_the_document_of_an_algorithm_holds_its_page_as_it_runs(name):
+    page = (ROOT / f"nemo_like/algorithms/{name}.py").read_text()
+    blocks = PYTHON.findall((ROOT / f"docs/{name}.md").read_text())
+    assert blocks == [page], f"copy the page into docs/{name}.md again"
+
+
 def test_the_import_table_of_the_documentation_is_the_one_that_is_held():
     held = runpy.run_path(str(Path(__file__).with_name("test_layers.py")))
     written = {}
