@@ -9,7 +9,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from nemo_like.cluster.failures import Failure, WorkerIdentity
@@ -88,9 +88,14 @@ class Worker:
         return (outcome, None) if isinstance(outcome, Failure) else outcome
 
     def open_feed(self, method: str, **kwargs: Any) -> Failure | None:
-        """Starts `method(iterator, ...)` in a thread; the iterator yields what `feed` brings."""
+        """Starts `method(iterator, ...)` in a thread; the iterator yields what `feed` brings.
+
+        A feed that was broken off before is ended first: its iterator raises.
+        """
 
         def run() -> None:
+            if self._feed is not None:
+                self._feed.abandon()
             self._feed = _Feed(lambda tensors: getattr(self._object, method)(tensors, **kwargs))
 
         return self._guarded(method, run)
@@ -139,6 +144,7 @@ class _Feed:
 
     def __init__(self, consume: Callable[[Iterator[Any]], Any]):
         self._items: queue.Queue[list[Any] | None] = queue.Queue(maxsize=1)
+        self._abandoned = False
         self._done = threading.Event()
         self._value: Any = None
         self._exception: BaseException | None = None
@@ -163,6 +169,12 @@ class _Feed:
             raise self._exception
         return self._value
 
+    def abandon(self) -> None:
+        """Makes the iterator raise, and returns when the method has ended."""
+        self._abandoned = True
+        with suppress(Exception):  # the method's own, which nobody asks for any more
+            self.finish()
+
     def _run(self, consume: Callable[[Iterator[Any]], Any]) -> None:
         try:
             self._value = consume(self._iterate())
@@ -174,3 +186,5 @@ class _Feed:
     def _iterate(self) -> Iterator[Any]:
         while (items := self._items.get()) is not None:
             yield from items
+        if self._abandoned:
+            raise ConnectionError("the sender broke off")

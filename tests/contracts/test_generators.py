@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -97,6 +97,13 @@ class Engines:
     def generate(self, prompts, sampling, samples=None):
         return self.engine.generate(prompts, sampling, samples)
 
+    def load_broken_weights(self, weights):
+        def broken():
+            yield from weights[:3]
+            raise CheckpointError(f"{weights[3][0]} was damaged on its way")
+
+        self.load_weights(broken(), version=9)
+
     def pid(self):
         return os.getpid()
 
@@ -120,6 +127,12 @@ class RemoteEngines:
     def load_weights(self, weights, version):
         chunk = self.group.put(to_wire(weights))
         return self.group.feed("load_weights", [chunk], version=version)[0]
+
+    def load_broken_weights(self, weights):
+        good, bad = to_wire(weights[:3]), to_wire(weights[3:4])
+        bad = [replace(bad[0], digest="another")]
+        chunks = [self.group.put(chunk) for chunk in (good, bad)]
+        self.group.feed("load_weights", chunks, version=9)
 
     def generate(self, prompts, sampling, samples=None):
         return self.group.call_each("generate", [(prompts, sampling, samples)])[0]
@@ -249,7 +262,7 @@ def test_samples_of_a_prompt_differ_and_so_do_seeds_and_the_same_seed_gives_the_
 
 def test_tokens_come_as_often_as_their_probability_says(loaded):
     """One token of each of 2,000 samples, each with a random stream of its own."""
-    (prompt,) = prompts(1)
+    prompt = prompts()[1]
     sampling = SamplingParams(1, top_k=6, seed=11)
     rollouts = loaded.generate([prompt] * 2000, sampling)
     with torch.no_grad():
@@ -348,6 +361,15 @@ def test_wrong_weights_are_refused_and_nothing_is_drawn_until_a_whole_set_arrive
 ):
     with pytest.raises(CheckpointError, match=message):
         loaded.load_weights(spoilt(fault), version=2)
+    with pytest.raises(CheckpointError, match="no complete weights"):
+        loaded.generate(prompts(1), GREEDY)
+    loaded.load_weights(weights_of("qwen3", seed=1).items(), version=3)
+    check_gap(newborn("qwen3", seed=1), loaded.generate(prompts(), COOL), COOL)
+
+
+def test_weights_that_break_off_half_way_are_not_drawn_from_and_a_whole_set_cures_that(loaded):
+    with pytest.raises(CheckpointError, match="was damaged on its way"):
+        loaded.load_broken_weights(list(weights_of("qwen3", seed=1).items()))
     with pytest.raises(CheckpointError, match="no complete weights"):
         loaded.generate(prompts(1), GREEDY)
     loaded.load_weights(weights_of("qwen3", seed=1).items(), version=3)
