@@ -1,4 +1,4 @@
-"""`examples/run_sft.py` with settings small enough for a test: here, forked, or as a command."""
+"""The examples with settings small enough for a test: here, forked, or as a command."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = "examples/run_sft.py"
+GRPO_SCRIPT = "examples/run_grpo.py"
 SMALL = (
     "cluster.launcher=local", "policy.train_global_batch_size=8", "policy.train_micro_batch_size=4",
     "data.train.num_rows=200", "data.validation.num_rows=16", "sft.val_period=0",
@@ -22,6 +23,14 @@ SMALL = (
     "checkpointing.metric_name=null", "checkpointing.keep_top_k=null",
 )  # fmt: skip
 """A step takes some 30 ms; later overrides of the same keys win."""
+SMALL_GRPO = (
+    "cluster.launcher=local", "policy.generation.backend=hf", "policy.generation.max_new_tokens=24",
+    "policy.train_global_batch_size=16", "policy.train_micro_batch_size=8",
+    "data.train.num_rows=64", "data.validation.num_rows=8", "grpo.num_prompts_per_step=4",
+    "grpo.num_generations_per_prompt=4", "grpo.val_period=0", "grpo.val_at_start=false",
+    "grpo.val_at_end=false", "checkpointing.metric_name=null", "checkpointing.keep_top_k=null",
+)  # fmt: skip
+"""The same of the algorithms that draw their own data, with the engine that is in this process."""
 TIMINGS = ("timing/", "performance/", "time")
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -37,11 +46,19 @@ class Place:
         return self.root / "checkpoints"
 
     def argv(self, *overrides: str) -> list[str]:
-        places = (
+        """Of a small supervised run here."""
+        return [*SMALL, *self._places, *overrides]
+
+    def grpo_argv(self, *overrides: str) -> list[str]:
+        """Of a small run of GRPO here."""
+        return [*SMALL_GRPO, *self._places, *overrides]
+
+    @property
+    def _places(self) -> tuple[str, ...]:
+        return (
             f"checkpointing.checkpoint_dir={self.checkpoints}",
             f"logger.log_dir={self.root / 'logs'}",
         )
-        return [*SMALL, *places, *overrides]
 
     def steps(self) -> list[int]:
         from nemo_like.checkpoint.layout import find_steps
@@ -74,50 +91,61 @@ class Place:
 
 
 def sft(argv: list[str]) -> int:
-    """The exit code of the command, run inside this process."""
+    """The exit code of `examples/run_sft.py`, run inside this process."""
     from nemo_like.config.sft import SFTTree
-    from nemo_like.run.main import main
 
     def run() -> Any:
         from nemo_like.run.sft import run_sft
 
         return run_sft
 
+    return _here(SCRIPT, argv, SFTTree, "configs/sft_tiny.yaml", run)
+
+
+def grpo(argv: list[str]) -> int:
+    """The exit code of `examples/run_grpo.py`, run inside this process."""
+    from nemo_like.config.grpo import GRPOTree
+
+    def run() -> Any:
+        from nemo_like.run.grpo import run_grpo
+
+        return run_grpo
+
+    return _here(GRPO_SCRIPT, argv, GRPOTree, "configs/grpo_math.yaml", run)
+
+
+def _here(script: str, argv: list[str], tree: Any, config: str, run: Callable[[], Any]) -> int:
+    from nemo_like.run.main import main
+
     def no_dry_run() -> Any:
         raise AssertionError("not asked for")
 
-    before, sys.argv = sys.argv, [SCRIPT, *argv]
+    before, sys.argv = sys.argv, [script, *argv]
     try:
-        return main(
-            argv,
-            tree=SFTTree,
-            default_config=Path("configs/sft_tiny.yaml"),
-            run=run,
-            dry_run=no_dry_run,
-        )
+        return main(argv, tree=tree, default_config=Path(config), run=run, dry_run=no_dry_run)
     finally:
         sys.argv = before
 
 
-def start_fork(argv: list[str], output: Path) -> Any:
+def start_fork(argv: list[str], output: Path, command: Callable[[list[str]], int] = sft) -> Any:
     """The same in a process of its own, which begins in a second because it is forked warm."""
     _CONTEXT.set_forkserver_preload(["tests.e2e.warm"])
-    process = _CONTEXT.Process(target=_forked, args=(argv, str(output)))
+    process = _CONTEXT.Process(target=_forked, args=(command, argv, str(output)))
     process.start()
     return process
 
 
-def _forked(argv: list[str], output: str) -> None:
+def _forked(command: Callable[[list[str]], int], argv: list[str], output: str) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.exit(sft(argv))
+    sys.exit(command(argv))
 
 
-def start(argv: list[str]) -> subprocess.Popen[str]:
+def start(argv: list[str], script: str = SCRIPT) -> subprocess.Popen[str]:
     """The real command, as a user's shell starts it."""
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *argv],
+        [sys.executable, script, *argv],
         cwd=REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,

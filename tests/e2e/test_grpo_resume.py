@@ -1,0 +1,80 @@
+"""A run of GRPO or DAPO that is interrupted and continued is the run that was not, to the bit."""
+
+import pytest
+
+from nemo_like.errors import EXIT_INTERRUPTED
+from tests.e2e.commands import Place, contents, grpo
+
+STEPS = 4
+STATE = ("model", "optimizer", "rng", "routing.json", "hf")
+ONE_STEP_AT_A_TIME = "checkpointing.checkpoint_must_save_by=00:00:00:00"
+EVERY_STEP = (
+    f"grpo.max_num_steps={STEPS}", "checkpointing.save_period=1", "grpo.val_period=2",
+    "grpo.val_num_generations_per_prompt=2", "policy.scheduler.lr_warmup_iters=2",
+    "policy.scheduler.lr_decay_style=cosine",
+)  # fmt: skip
+GRPO = (
+    "policy.train_global_batch_size=8",  # two updates a step
+    "loss_fn.reference_policy_kl_penalty=0.1",
+)
+DAPO = (
+    "--config=configs/dapo_math.yaml",
+    "grpo.batch_multiplier=1.5",  # of the last batch of a step some prompts are left
+    "grpo.reward_shaping.max_response_length=20",
+)
+
+
+def resumes_exactly(root, *settings):
+    """The run in one go, after it was compared with the same run stopped after every step."""
+    straight, broken = Place(root / "straight"), Place(root / "broken")
+    settings = (*EVERY_STEP, *settings)
+    assert grpo(straight.grpo_argv(*settings)) == 0
+    for done in range(1, STEPS):
+        assert grpo(broken.grpo_argv(*settings, ONE_STEP_AT_A_TIME)) == EXIT_INTERRUPTED
+        assert broken.steps() == list(range(1, done + 1))
+    assert grpo(broken.grpo_argv(*settings)) == 0
+
+    assert straight.steps() == broken.steps() == list(range(1, STEPS + 1))
+    for step in straight.steps():
+        expected = contents(straight.step(step), *STATE)
+        found = contents(broken.step(step), *STATE)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if found[name] != expected[name]] == [], f"step {step}"
+    assert broken.values() == straight.values()
+    assert [line["step"] for line in straight.values()] == list(range(1, STEPS + 1))
+    answers = [(place.log / "samples.jsonl").read_text() for place in (straight, broken)]
+    assert answers[0] == answers[1] != ""
+    return straight
+
+
+def rewards(place):
+    return [line["train/reward"] for line in place.values()]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_grpo_interrupted_after_every_step_equals_the_uninterrupted_run(
+    tmp_path, sft_config, optimizer
+):
+    run = resumes_exactly(
+        tmp_path,
+        *GRPO,
+        f"policy.sft_config={sft_config}",
+        f"policy.optimizer.optimizer={optimizer}",
+    )
+    assert len(set(rewards(run))) > 1, "nothing was learned from"
+    kl = [line["train/kl_penalty"] for line in run.values()]
+    assert 0 <= kl[0] < 1e-3 < kl[-1], "the reference is not the start"
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_dapo_interrupted_after_every_step_equals_the_uninterrupted_run(
+    tmp_path, sft_config, optimizer
+):
+    run = resumes_exactly(
+        tmp_path,
+        *DAPO,
+        f"policy.sft_config={sft_config}",
+        f"policy.optimizer.optimizer={optimizer}",
+    )
+    drawn = [line["train/dynamic_sampling_num_gen_batches"] for line in run.values()]
+    assert max(drawn) > 1, "no step drew a second batch"
