@@ -47,14 +47,15 @@ class Place:
 
     def argv(self, *overrides: str) -> list[str]:
         """Of a small supervised run here."""
-        return [*SMALL, *self._places, *overrides]
+        return [*SMALL, *self.folders, *overrides]
 
     def grpo_argv(self, *overrides: str) -> list[str]:
         """Of a small run of GRPO here."""
-        return [*SMALL_GRPO, *self._places, *overrides]
+        return [*SMALL_GRPO, *self.folders, *overrides]
 
     @property
-    def _places(self) -> tuple[str, ...]:
+    def folders(self) -> tuple[str, ...]:
+        """Where checkpoints and logs go."""
         return (
             f"checkpointing.checkpoint_dir={self.checkpoints}",
             f"logger.log_dir={self.root / 'logs'}",
