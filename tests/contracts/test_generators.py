@@ -417,6 +417,16 @@ def test_vllm_agrees_on_the_other_families_too(engines, family):
         check_all_samplings(engine, family, seed, seed + 1)
 
 
+def test_a_bf16_vllm_takes_fp32_weights_and_is_as_near_as_the_bf16_reference(engines):
+    means = {}
+    for kind, engine in {**engines, "hf": Engines(HFEngine)}.items():
+        engine.new("qwen3", dtype=torch.bfloat16)
+        engine.load_weights(weights_of("qwen3").items(), version=1)
+        gap = gaps(newborn("qwen3"), engine.generate(prompts(), WARM), WARM)
+        means[kind] = float(gap.mean())
+    assert 1e-3 < means["vllm"] < 2 * means["hf"] < 0.1
+
+
 def test_a_kv_cache_that_is_too_small_for_all_makes_sequences_wait_and_no_difference(engines):
     engines["vllm"].new("qwen3", max_num_seqs=16)
     engines["vllm"].load_weights(weights_of("qwen3").items(), version=1)
