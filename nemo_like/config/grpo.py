@@ -195,6 +195,12 @@ class GRPOTree(RunTree):
     """What judges answers."""
 
     @property
+    def next_config(self) -> str:
+        """DAPO on the bundled problems after GRPO on them, then a real model."""
+        is_tiny = self.policy.tuned_for is not None
+        return "configs/dapo_math.yaml" if is_tiny and not self.grpo.is_dapo else self.real_config
+
+    @property
     def training_cluster(self) -> ClusterConfig:
         """The machines of the policy: all, or what the engines leave."""
         return self.policy.generation.training_part(self.cluster)

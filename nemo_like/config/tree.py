@@ -46,6 +46,11 @@ class RunTree(Node):
         return block
 
     @property
+    def next_config(self) -> str:
+        """The file to go on with when there is nothing left to try with this one."""
+        return self.real_config
+
+    @property
     def training_cluster(self) -> ClusterConfig:
         """The machines of the policy."""
         return self.cluster

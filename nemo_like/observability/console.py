@@ -110,7 +110,7 @@ class RunConsole:
         results: Mapping[str, str],
         *,
         places: Mapping[str, Path | None],
-        next_command: str,
+        next_command: str | None,
         title: str = "Done",
     ) -> None:
         """The end of a run: what came out, where it lies, and what to type next."""

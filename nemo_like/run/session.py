@@ -29,7 +29,13 @@ from nemo_like.checkpoint.manifest import RunLayout, verify
 from nemo_like.config.compose import as_yaml
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.config.run import CheckpointingConfig, LoggerConfig
-from nemo_like.errors import EXIT_INTERRUPTED, CheckpointError, NemoLikeError, WorkerError
+from nemo_like.errors import (
+    EXIT_INTERRUPTED,
+    CheckpointError,
+    NemoLikeError,
+    NoSignalError,
+    WorkerError,
+)
 from nemo_like.interfaces import Policy
 from nemo_like.observability.console import RunConsole, duration
 from nemo_like.observability.curves import read_series
@@ -71,6 +77,11 @@ class RunTree(Protocol):
     real_config: ClassVar[str]
 
     @property
+    def next_config(self) -> str:
+        """The file to go on with when there is nothing left to try with this one."""
+        ...
+
+    @property
     def policy(self) -> PolicyConfig:
         """The model in training."""
         ...
@@ -94,10 +105,12 @@ class Session:
     """A run's surroundings.
 
     A run that continues writes on in the log folder it began in, so its curves stay in one piece.
+    One that `is_prelude` to what the user asked for leaves it to that to say what to type next.
     """
 
-    def __init__(self, tree: RunTree) -> None:
+    def __init__(self, tree: RunTree, *, is_prelude: bool = False) -> None:
         self._tree = tree
+        self._is_prelude = is_prelude
         self._config = redact_tree(tree.model_dump(mode="json"))
         self._began = time.monotonic()
         self._console = RunConsole()
@@ -223,6 +236,7 @@ class Session:
             "report": report,
         }
         if journal.stopped_by is not None and journal.last_step_done < total_steps:
+            is_over = journal.given_up is not None  # the same command would come to the same end
             self._console.summary(
                 {
                     "stopped by": journal.stopped_by,
@@ -230,9 +244,9 @@ class Session:
                 },
                 title="Stopped",
                 places=places,
-                next_command=_command(),
+                next_command=None if is_over else _command(),
             )
-            return EXIT_INTERRUPTED
+            return NoSignalError.exit_code if is_over else EXIT_INTERRUPTED
         results = headlines(read_series(self.folder.metrics))
         results["wall time"] = duration(time.monotonic() - self._began)
         self._console.summary(results, places=places, next_command=self._next_command())
@@ -331,16 +345,18 @@ class Session:
             peak_flops=None if peak is None else peak * facts.world_size,
         )
 
-    def _next_command(self) -> str:
-        """The same with Muon, in a folder of its own; after Muon, what a real model would take."""
-        if self._tree.policy.active_optimizer.is_muon:
-            return shlex.join(
-                ["uv", "run", sys.argv[0], "--config", self._tree.real_config, "--dry-run"]
-            )
-        overrides = ["policy.optimizer.optimizer=muon"]
-        if any("checkpointing.checkpoint_dir=" in word for word in sys.argv):
-            overrides.append(f"checkpointing.checkpoint_dir={self._checkpoint_root}_muon")
-        return f"{_command()} {shlex.join(overrides)}"
+    def _next_command(self) -> str | None:
+        """The same with Muon, in a folder of its own; after Muon, what else there is to try."""
+        if self._is_prelude:
+            return None
+        if not self._tree.policy.active_optimizer.is_muon:
+            overrides = ["policy.optimizer.optimizer=muon"]
+            if any("checkpointing.checkpoint_dir=" in word for word in sys.argv):
+                overrides.append(f"checkpointing.checkpoint_dir={self._checkpoint_root}_muon")
+            return f"{_command()} {shlex.join(overrides)}"
+        config = self._tree.next_config
+        how = "--dry-run" if config == self._tree.real_config else "policy.optimizer.optimizer=muon"
+        return shlex.join(["uv", "run", sys.argv[0], "--config", config, how])
 
 
 def read_model_config(policy: PolicyConfig) -> dict[str, Any]:

@@ -36,9 +36,11 @@ class SFTData:
     tokenizer: Any
 
 
-def run_sft(tree: SFTTree) -> int:
-    """Train as configured; the exit code."""
-    return Session(tree).run(lambda session, stack: _train(tree, session, stack))
+def run_sft(tree: SFTTree, *, is_prelude: bool = False) -> int:
+    """Train as configured, perhaps as a prelude to another run; the exit code."""
+    return Session(tree, is_prelude=is_prelude).run(
+        lambda session, stack: _train(tree, session, stack)
+    )
 
 
 def _train(tree: SFTTree, session: Session, stack: ExitStack) -> int:

@@ -43,22 +43,21 @@ def install_command(flavour: Flavour, *, uv: str, project: Path = PROJECT) -> li
     return [uv, "sync", "--project", str(project), "--inexact", "--extra", flavour]
 
 
-def ensure_vllm(say: Callable[[str], object], *, devices: Path = Path("/dev")) -> None:
+def ensure_vllm(flavour: Flavour, say: Callable[[str], object]) -> None:
     """Nothing comes back; afterwards this process, and those it starts, can import vLLM.
 
-    Installs it if it is missing, and says so first; later `uv run`s keep it.
+    Installs this build if it is missing, and says so first; later `uv run`s keep it.
 
     Raises:
         ConfigError: the other build is installed, or this environment is not one that uv may
             change, or uv failed; with the command that cures it.
     """
-    flavour = flavour_of_machine(devices)
     installed = installed_flavours()
     if installed == (flavour,):
         return
     if installed:
         raise ConfigError(
-            f"this machine needs {flavour}, but {' and '.join(installed)} is installed, and both "
+            f"engines here need {flavour}, but {' and '.join(installed)} is installed, and both "
             f"are the same Python package. Run: uv sync --extra {flavour}"
         )
     command = install_command(flavour, uv=_find_uv(flavour))

@@ -44,6 +44,7 @@ def dapo_muon(tmp_path_factory, sft_config):
 def test_grpo_with_adamw_makes_its_start_and_learns(place, sft_config):
     said = run(place, sft_config)
     assert_learned_from_its_answers(place)
+    assert said.count("Next:") == 1 and "policy.optimizer.optimizer=muon" in said
     assert "adamw" in said and (place.log / "report.html").exists()
     from transformers import AutoModelForCausalLM
 

@@ -296,6 +296,49 @@ def test_saving_is_booked_as_checkpoint_and_not_as_training(bench):
     assert all(v["performance/step_s"] == 1.0 for _, v, _ in run.sink.lines)
 
 
+@pytest.mark.parametrize("period", [1, 2, 100])
+def test_a_step_that_finds_nothing_to_do_ends_the_run_with_the_step_before_saved_once(
+    bench, period
+):
+    run = bench(save_period=period)
+
+    def starve(step):
+        if step == 3:
+            run.position = 99  # what it looked at
+            run.journal.stop("nothing left")
+
+    saves, save = [], run.policy.save
+
+    def counted(folder, *, with_optimizer=True):
+        saves.append(folder.name)
+        save(folder, with_optimizer=with_optimizer)
+
+    run.policy.save = counted
+    for step in run.journal.steps():
+        with run.journal.phase("train"):
+            pass
+        if step < 3:
+            run.position = step * 10
+            run.journal.record(step, BATCH, StepStats({"loss": Metric(1.0 / step)}))
+            run.journal.record_validation(step, {"val_loss": Metric(10.0 - step)})
+        starve(step)
+    assert saves.count("tmp_step_2") == 1 and run.saved() == ([1, 2] if period == 1 else [2])
+    assert run.journal.last_saved == run.root / "step_2" and run.journal.last_step_done == 2
+    assert run.journal.stopped_by == "nothing left"
+    assert [step for step, *_ in run.sink.lines] == [1, 2]
+    assert read_json(run.root / "step_2" / "data.json") == {"data": 20}
+    assert read_json(run.root / "step_2" / "state.json")["metrics"] == {
+        "train:loss": 0.5, "val:val_loss": 8.0,
+    }  # fmt: skip
+
+
+def test_a_run_that_finds_nothing_to_do_at_once_saves_nothing(bench):
+    run = bench()
+    for _ in run.journal.steps():
+        run.journal.stop("nothing left")
+    assert run.saved() == [] and run.journal.last_step_done == 0
+
+
 def test_a_run_that_continues_does_the_rest_only(bench):
     run = bench(steps=range(3, 5))
     assert run.journal.first_step == 3

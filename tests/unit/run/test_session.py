@@ -2,16 +2,20 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
 from nemo_like.checkpoint.layout import find_steps
+from nemo_like.config.command_line import parse
+from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.sft import SFTTree
 from nemo_like.errors import (
     EXIT_INTERRUPTED,
     CheckpointError,
     DataError,
     NonFiniteError,
+    NoSignalError,
     WorkerError,
 )
 from nemo_like.observability.run_folder import read_lines
@@ -64,6 +68,8 @@ class Bench:
         error=None,
         model=MODEL,
         owner="adamw",
+        starved_at=None,
+        is_prelude=False,
         rows=None,
         learner=None,
         **blocks,
@@ -87,6 +93,9 @@ class Bench:
             for step in journal.steps():
                 with journal.phase("train"):
                     self.rows.taken += 1
+                if step == starved_at:
+                    journal.stop("grpo.on_starvation=stop")
+                    continue
                 journal.record(step, BATCH, StepStats({"loss": Metric(1.0 / step)}))
                 self.done.append(step)
                 if step == until and error is not None:
@@ -95,7 +104,7 @@ class Bench:
                     journal._stop._signal = "SIGTERM"
             return session.finish(journal, steps)
 
-        session = Session(self.tree(**blocks))
+        session = Session(self.tree(**blocks), is_prelude=is_prelude)
         code = session.run(body)
         self.log = session.folder
         return code
@@ -149,6 +158,32 @@ def test_after_muon_the_next_command_is_about_a_real_model(bench, capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("config", "following"),
+    [
+        ("configs/grpo_math.yaml", ["configs/dapo_math.yaml", "policy.optimizer.optimizer=muon"]),
+        ("configs/dapo_math.yaml", ["configs/grpo_math_1B.yaml", "--dry-run"]),
+    ],
+)
+def test_after_muon_grpo_leads_to_dapo_and_that_to_a_real_model(
+    bench, capsys, monkeypatch, config, following
+):
+    tree = parse(["--config", config], tree=GRPOTree, default_config=Path(config)).tree
+    own = bench.tree()
+    muon = tree.policy.optimizer.model_copy(update={"optimizer": "muon"})
+    tree = tree.model_copy(
+        update={
+            "policy": tree.policy.model_copy(update={"optimizer": muon}),
+            "checkpointing": own.checkpointing,
+            "logger": own.logger,
+        }
+    )
+    monkeypatch.setattr(bench, "tree", lambda: tree)
+    monkeypatch.setattr("sys.argv", ["examples/run_grpo.py"])
+    bench.run()
+    assert next_command(capsys)[2:] == ["examples/run_grpo.py", "--config", *following]
+
+
 def test_a_run_that_was_stopped_says_so_and_the_same_command_continues_it(bench, capsys):
     assert bench.run(until=3) == EXIT_INTERRUPTED
     said = words(capsys)
@@ -160,6 +195,26 @@ def test_a_run_that_was_stopped_says_so_and_the_same_command_continues_it(bench,
     assert bench.policy.loaded == bench.root / "checkpoints" / "step_3"
     assert bench.log == first_log and bench.logged() == [1, 2, 3, 4]
     assert f"continuing from {bench.policy.loaded}" in words(capsys)
+
+
+def test_a_run_with_nothing_left_to_learn_from_ends_in_order_and_is_not_started_again(
+    bench, capsys
+):
+    assert bench.run(starved_at=4) == NoSignalError.exit_code == 5
+    said = words(capsys)
+    assert "stopped by grpo.on_starvation=stop at step 3 of 4" in said
+    assert f"checkpoint {bench.root}/checkpoints/step_3" in said and "report.html" in said
+    assert "Next:" not in said, "the same command would come to the same end"
+    assert bench.run() == 0
+    assert bench.done == [4] and bench.rows.taken == 4
+
+
+def test_a_prelude_leaves_it_to_the_run_it_leads_to_to_say_what_is_next(bench, capsys):
+    assert bench.run(is_prelude=True) == 0
+    said = words(capsys)
+    assert "checkpoints/step_4" in said and "Next:" not in said
+    assert bench.run(steps=6, until=5, is_prelude=True) == EXIT_INTERRUPTED
+    assert words(capsys).endswith("Next: uv run examples/run_sft.py sft.max_num_steps=4")
 
 
 def test_steps_after_the_checkpoint_are_logged_once_when_they_are_done_again(bench):

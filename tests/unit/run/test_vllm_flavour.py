@@ -59,7 +59,7 @@ def machine(tmp_path, monkeypatch) -> Path:
 def ensure(machine: Path) -> list[str]:
     """What `ensure_vllm` says on this machine."""
     said: list[str] = []
-    ensure_vllm(said.append, devices=machine / "dev")
+    ensure_vllm(flavour_of_machine(machine / "dev"), said.append)
     return said
 
 
