@@ -8,8 +8,10 @@ import torch
 from nemo_like.errors import ConfigError
 from nemo_like.rollout.sampling import (
     check_sampling,
+    completes_stop_string,
     pick_tokens,
     sampled_distribution,
+    stream_seed,
     uniforms,
 )
 from nemo_like.types import SamplingParams
@@ -110,3 +112,31 @@ def test_every_senseless_parameter_is_named():
     with pytest.raises(ConfigError, match="temperature is nan"):
         check_sampling(params(temperature=float("nan")))
     check_sampling(params(temperature=0))
+
+
+def utf8(token_ids) -> str:
+    return bytes(token_ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("string", ["ends", "e", "\N{GRINNING FACE}!", "x\N{EURO SIGN}"])
+def test_a_stop_string_is_seen_at_the_token_that_completes_it_and_at_none_before(string):
+    tokens = [*("some text, and now \N{GRINNING FACE} ".replace("e", "").encode() * 50)]
+    tokens += string.encode()
+    sampling = params(stop_strings=("never said", string))
+    found = [
+        n for n in range(1, len(tokens) + 1) if completes_stop_string(tokens[:n], utf8, sampling)
+    ]
+    assert found == [len(tokens)]
+    assert not completes_stop_string(tokens, utf8, params())
+
+
+def test_each_sample_of_each_prompt_has_a_seed_of_its_own_under_large_seeds_too():
+    seeds = {
+        stream_seed(seed, prompt_index=index, sample=sample)
+        for seed in (0, 1, 1 << 40, (7 << 40) + (3 << 12))
+        for index in range(20)
+        for sample in range(20)
+    }
+    assert len(seeds) == 4 * 20 * 20
+    assert 1 << 60 < max(seeds) < 1 << 63 and min(seeds) >= 0
+    assert stream_seed(1, prompt_index=2, sample=3) == stream_seed(1, prompt_index=2, sample=3)
