@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,12 +109,12 @@ class VLLMEngine:
         self._longest = min(max_model_len, config.max_position_embeddings)
         self._vocab_size = config.vocab_size
         self._decode = decode
-        self._folder = _config_folder(config)
         if kv_cache_bytes is None:
             kv_cache_bytes = _kv_cache_bytes(config, dtype, self._longest, max_num_seqs)
-        try:
+        with tempfile.TemporaryDirectory(prefix="nemo_like_vllm_") as folder:
+            _write_config(config, Path(folder))
             self._llm = self._vllm.LLM(
-                model=str(self._folder),
+                model=folder,
                 load_format="dummy",  # the weights come by `load_weights`
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # a model's own advice on sampling is not asked
@@ -132,9 +131,6 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
                 seed=0,
             )
-        except BaseException:
-            self.close()
-            raise
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> str:
@@ -223,7 +219,6 @@ class VLLMEngine:
     def close(self) -> None:
         """Ends the engine; safe to call twice."""
         self._version = None
-        shutil.rmtree(self._folder, ignore_errors=True)
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
@@ -331,14 +326,11 @@ def _check_model(model_config: Mapping[str, Any]) -> None:
         )
 
 
-def _config_folder(config: Any) -> Path:
-    """A folder with this configuration and nothing else, which vLLM takes for a model."""
-    folder = Path(tempfile.mkdtemp(prefix="nemo_like_vllm_"))
-    architecture = config.architectures or [_architecture(config.model_type)]
-    (folder / "config.json").write_text(
-        json.dumps(config.to_dict() | {"architectures": architecture})
-    )
-    return folder
+def _write_config(config: Any, folder: Path) -> None:
+    """Make this a folder that vLLM takes for a model: a configuration and nothing else."""
+    architectures = config.architectures or [_architecture(config.model_type)]
+    text = json.dumps(config.to_dict() | {"architectures": architectures})
+    (folder / "config.json").write_text(text)
 
 
 def _architecture(model_type: str) -> str:
