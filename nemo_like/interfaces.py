@@ -104,10 +104,18 @@ class Policy(Trainable, Protocol):
         ...
 
 
+class WeightSource(Protocol):
+    """What has weights to give: a policy, or a checkpoint that nothing trains."""
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by Hugging Face name, one after the other."""
+        ...
+
+
 class Generator(Protocol):
     """An engine that completes prompts with a copy of the policy's weights."""
 
-    def sync(self, policy: Policy) -> None:
+    def sync(self, policy: WeightSource) -> None:
         """Take the policy's weights of now."""
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_like.interfaces import Environment, Generator, Policy
+from nemo_like.interfaces import Environment, Generator, WeightSource
 from nemo_like.types import Metric, Metrics, Prompt, Rollout, SamplingParams
 
 
@@ -29,7 +29,7 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy,
+    policy: WeightSource,
     generator: Generator,
     environment: Environment,
     prompts: Sequence[Prompt],

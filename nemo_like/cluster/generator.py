@@ -13,7 +13,7 @@ from nemo_like.cluster.group import CHUNK_BYTES, WorkerGroup
 from nemo_like.cluster.policy import RemotePolicy
 from nemo_like.cluster.wire import chunked, to_wire
 from nemo_like.errors import CheckpointError, WorkerError
-from nemo_like.interfaces import Policy
+from nemo_like.interfaces import WeightSource
 from nemo_like.types import Prompt, Rollout, SamplingParams, sample_numbers
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class RemoteGenerator:
         self._version = 0
         self._closed = threading.Event()
 
-    def sync(self, policy: Policy) -> None:
+    def sync(self, policy: WeightSource) -> None:
         """Streams the policy's weights of now into every engine, in bounded chunks.
 
         Raises:
@@ -113,7 +113,7 @@ class RemoteGenerator:
             engine.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _chunks(self, policy: Policy) -> Iterable[Any]:
+    def _chunks(self, policy: WeightSource) -> Iterable[Any]:
         if isinstance(policy, RemotePolicy):
             return policy.export_chunks()
         tensors = chunked(policy.export_weights(), CHUNK_BYTES)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_like.errors import CheckpointError, ConfigError, NonFiniteError
-from nemo_like.interfaces import Policy
+from nemo_like.interfaces import WeightSource
 from nemo_like.rollout.sampling import (
     Decode,
     check_sampling,
@@ -86,7 +86,7 @@ class HFEngine:
         self._applied = 0
         self._version: int | None = None
 
-    def sync(self, policy: Policy) -> None:
+    def sync(self, policy: WeightSource) -> None:
         """Take the policy's weights of now, as the next version."""
         self.load_weights(policy.export_weights(), version=self._applied + 1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,56 +131,106 @@ def machines(
     Under Ray the workers are still starting when the block begins: the first call waits for them.
     `say` is told of engines that are lost and replaced.
     """
-    if cluster.address is None:
-        _check_gpus(cluster)
     if cluster.launcher == "local":
-        placement = place(cluster, parallel_sizes(policy), gpus_found=count_local_gpus())
-        _take_place(placement, policy.backend.env_vars)
+        placement = _local_place(policy, cluster)
         engine = EngineFactory(policy, placement.device) if with_generator else None
         yield from _local(factory, batchings, engine)
         return
-    ray = RayCluster(cluster)
-    groups: list[WorkerGroup] = []
-    generator: RemoteGenerator | None = None
-    try:
-        ray.start()
-        placement = place(cluster, parallel_sizes(policy), gpus_found=ray.gpus_found())
-
-        def group(name: str, made_by: Any, where: Any, env: Mapping[str, str]) -> WorkerGroup:
-            config = GroupConfig(
-                name=name,
-                placement=where,
-                factory=made_by,
-                log_dir=log_folder / "workers",
-                timeout_s=cluster.worker_timeout_s,
-                env_vars={**env, **policy.backend.env_vars},
-            )
-            started = WorkerGroup(ray, config)
-            groups.append(started)
-            started.start()
-            return started
-
+    with _workers(policy, cluster, log_folder) as workers:
+        placement = workers.place(policy)
         remote = RemotePolicy(
-            group("policy", factory, placement, {}),
+            workers.start("policy", factory, placement, {}),
             placement,
             train=batchings.train,
             logprob=batchings.logprob,
         )
-        if with_generator:
-            kind = choose_engines(policy, placement)
-            where = place_single(uses_gpu=False, threads=cluster.cpu_threads_per_worker)
-            generator = RemoteGenerator(
-                lambda number: group(f"engine_{number}", kind.factory, where, kind.env_vars),
-                num_engines=kind.count,
-                say=say,
-            )
-        yield Machines(remote, generator)
+        if not with_generator:
+            yield Machines(remote, None)
+            return
+        with closing(workers.engines(policy, placement, say)) as generator:
+            yield Machines(remote, generator)
+
+
+@contextmanager
+def engines_alone(
+    policy: RolloutPolicyConfig,
+    cluster: ClusterConfig,
+    *,
+    log_folder: Path,
+    say: Callable[[str], object],
+) -> Iterator[Generator]:
+    """The engines of a configuration, where nothing trains; ended with the block."""
+    if cluster.launcher == "local":
+        with closing(EngineFactory(policy, _local_place(policy, cluster).device)()) as engine:
+            yield engine
+        return
+    with (
+        _workers(policy, cluster, log_folder) as workers,
+        closing(workers.engines(policy, workers.place(policy), say)) as generator,
+    ):
+        yield generator
+
+
+def _local_place(policy: PolicyConfig, cluster: ClusterConfig) -> Placement:
+    _check_gpus(cluster)
+    placement = place(cluster, parallel_sizes(policy), gpus_found=count_local_gpus())
+    _take_place(placement, policy.backend.env_vars)
+    return placement
+
+
+@dataclass
+class _Workers:
+    """The groups of a run under Ray."""
+
+    ray: RayCluster
+    cluster: ClusterConfig
+    log_folder: Path
+    env_vars: Mapping[str, str]
+    groups: list[WorkerGroup] = field(default_factory=list)
+
+    def place(self, policy: PolicyConfig) -> Placement:
+        return place(self.cluster, parallel_sizes(policy), gpus_found=self.ray.gpus_found())
+
+    def start(
+        self, name: str, factory: Any, placement: Placement, env: Mapping[str, str]
+    ) -> WorkerGroup:
+        config = GroupConfig(
+            name=name,
+            placement=placement,
+            factory=factory,
+            log_dir=self.log_folder / "workers",
+            timeout_s=self.cluster.worker_timeout_s,
+            env_vars={**env, **self.env_vars},
+        )
+        started = WorkerGroup(self.ray, config)
+        self.groups.append(started)
+        started.start()
+        return started
+
+    def engines(
+        self, policy: PolicyConfig, placement: Placement, say: Callable[[str], object]
+    ) -> RemoteGenerator:
+        kind = choose_engines(policy, placement)
+        where = place_single(uses_gpu=False, threads=self.cluster.cpu_threads_per_worker)
+        return RemoteGenerator(
+            lambda number: self.start(f"engine_{number}", kind.factory, where, kind.env_vars),
+            num_engines=kind.count,
+            say=say,
+        )
+
+
+@contextmanager
+def _workers(policy: PolicyConfig, cluster: ClusterConfig, log_folder: Path) -> Iterator[_Workers]:
+    if cluster.address is None:
+        _check_gpus(cluster)
+    workers = _Workers(RayCluster(cluster), cluster, log_folder, policy.backend.env_vars)
+    try:
+        workers.ray.start()
+        yield workers
     finally:
-        if generator is not None:
-            generator.close()
-        for started in groups:
+        for started in workers.groups:
             started.close()
-        ray.close()
+        workers.ray.close()
 
 
 @dataclass(frozen=True)

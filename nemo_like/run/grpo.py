@@ -22,11 +22,11 @@ from nemo_like.data.datasets import Limits, PromptSource, load_prompts
 from nemo_like.data.loader import Loader
 from nemo_like.data.tokenizer import load_tokenizer
 from nemo_like.errors import ConfigError, DataError, MismatchError
-from nemo_like.interfaces import Environment
+from nemo_like.interfaces import Environment, Generator, WeightSource
 from nemo_like.losses.clipped_pg import ClippedPG
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Answer
-from nemo_like.run.build import Batchings, Machines, machines, policy_factory
+from nemo_like.run.build import Batchings, machines, policy_factory
 from nemo_like.run.environments import build_environments
 from nemo_like.run.session import Session, read_model_config
 from nemo_like.run.sft import run_sft
@@ -51,16 +51,16 @@ def run_grpo(tree: GRPOTree) -> int:
     try:
         _refuse_unbuilt(tree)
         install_engine(tree, console.say)
-        if tree.policy.sft_config is not None:
-            supervised = _supervised(tree.policy.sft_config)
+        if file := tree.policy.sft_config:
+            supervised = _supervised(file)
             if not _is_done(supervised):
                 console.say(
-                    f"the run begins with the weights of {tree.policy.sft_config}, which has not "
-                    "been run to its end yet: that comes first"
+                    f"the run begins with the weights of {file}, which has not been run to its "
+                    "end yet: that comes first"
                 )
                 if code := run_sft(supervised, is_prelude=True):
                     return code
-            tree = _begun_with(tree, _last_weights(supervised))
+            tree = begun_with(tree, _last_weights(supervised))
     except ConfigError as error:
         console.error(error, last_checkpoint=None, next_command=None)
         return error.exit_code
@@ -117,7 +117,8 @@ def _last_weights(tree: SFTTree) -> Path:
     return folder
 
 
-def _begun_with(tree: GRPOTree, weights: Path) -> GRPOTree:
+def begun_with(tree: GRPOTree, weights: Path) -> GRPOTree:
+    """The same with this Hugging Face folder as its model."""
     policy = tree.policy.model_copy(update={"model_name": str(weights), "sft_config": None})
     return tree.model_copy(update={"policy": policy})
 
@@ -149,7 +150,7 @@ def _train(tree: GRPOTree, session: Session, stack: ExitStack) -> int:
         world.generator,
         environment,
         data.loader,
-        _validator(tree, world, environment, data, session),
+        validator(tree, world.policy, world.generator, environment, data, session),
         journal,
         lambda step, stats: _check_agreement(step, stats, tree.policy.generation.mismatch, session),
         grpo=_with_response_length(tree),
@@ -290,9 +291,10 @@ def _check_agreement(step: int, stats: StepStats, bound: MismatchConfig, session
     session.say(text)
 
 
-def _validator(
+def validator(
     tree: GRPOTree,
-    world: Machines,
+    policy: WeightSource,
+    generator: Generator,
     environment: Environment,
     data: RolloutData,
     session: Session,
@@ -303,13 +305,12 @@ def _validator(
     num_samples = tree.grpo.val_num_generations_per_prompt
 
     def ask(sampling: SamplingParams, count: int = 1) -> Evaluation:
-        assert world.generator is not None
         size, prompts = tree.grpo.val_batch_size, data.validation
         batches = [prompts[at : at + size] for at in range(0, len(prompts), size)]
         parts = [
             evaluate(
-                world.policy,
-                world.generator,
+                policy,
+                generator,
                 environment,
                 [prompt for prompt in batch for _ in range(count)],
                 sampling,

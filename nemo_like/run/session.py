@@ -252,6 +252,21 @@ class Session:
         self._console.summary(results, places=places, next_command=self._next_command())
         return 0
 
+    def finish_evaluation(self, found: dict[str, float]) -> int:
+        """Write and tell what an evaluation found; the exit code."""
+        self.folder.write_config(self._config)
+        self.folder.write_facts(collect_facts())
+        for sink in self._sinks(None):
+            sink.log(0, {f"validation/{name}": value for name, value in found.items()})
+            sink.close()
+        results = {name: f"{value:.4g}" for name, value in found.items()}
+        self._console.summary(
+            results | {"wall time": duration(time.monotonic() - self._began)},
+            places={"log": self.folder.path, "report": write_report(self.folder)},
+            next_command=None,
+        )
+        return 0
+
     def _open_folder(self) -> RunFolder:
         """A new log folder, or that of the run to continue, still untouched."""
         log_dir = self._tree.logger.log_dir

@@ -16,6 +16,7 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = "examples/run_sft.py"
 GRPO_SCRIPT = "examples/run_grpo.py"
+EVAL_SCRIPT = "examples/run_eval.py"
 SMALL = (
     "cluster.launcher=local", "policy.train_global_batch_size=8", "policy.train_micro_batch_size=4",
     "data.train.num_rows=200", "data.validation.num_rows=16", "sft.val_period=0",
@@ -113,6 +114,18 @@ def grpo(argv: list[str]) -> int:
         return run_grpo
 
     return _here(GRPO_SCRIPT, argv, GRPOTree, "configs/grpo_math.yaml", run)
+
+
+def evaluation(argv: list[str]) -> int:
+    """The exit code of `examples/run_eval.py`, run inside this process."""
+    from nemo_like.config.grpo import GRPOTree
+
+    def run() -> Any:
+        from nemo_like.run.evaluate import run_evaluate
+
+        return run_evaluate
+
+    return _here(EVAL_SCRIPT, argv, GRPOTree, "configs/eval_math.yaml", run)
 
 
 def _here(script: str, argv: list[str], tree: Any, config: str, run: Callable[[], Any]) -> int:
