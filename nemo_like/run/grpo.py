@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nemo_like.algorithms import dapo, grpo
 from nemo_like.algorithms.evaluate import Evaluation, evaluate
 from nemo_like.backends.settings import BackendSettings
@@ -21,7 +23,7 @@ from nemo_like.data.chat import ChatEncoder
 from nemo_like.data.datasets import Limits, PromptSource, load_prompts
 from nemo_like.data.loader import Loader
 from nemo_like.data.tokenizer import load_tokenizer
-from nemo_like.errors import ConfigError, DataError, MismatchError
+from nemo_like.errors import ConfigError, DataError, MismatchError, NemoLikeError
 from nemo_like.interfaces import Environment, Generator, WeightSource
 from nemo_like.losses.clipped_pg import ClippedPG
 from nemo_like.observability.console import RunConsole
@@ -52,16 +54,19 @@ def run_grpo(tree: GRPOTree) -> int:
         _refuse_unbuilt(tree)
         install_engine(tree, console.say)
         if file := tree.policy.sft_config:
-            supervised = _supervised(file)
-            if not _is_done(supervised):
-                console.say(
-                    f"the run begins with the weights of {file}, which has not been run to its "
-                    "end yet: that comes first"
-                )
-                if code := run_sft(supervised, is_prelude=True):
-                    return code
-            tree = begun_with(tree, _last_weights(supervised))
-    except ConfigError as error:
+            weights = _first_weights(tree)
+            if weights is None:
+                supervised = _supervised(file)
+                if not _is_done(supervised):
+                    console.say(
+                        f"the run begins with the weights of {file}, which has not been run to its "
+                        "end yet: that comes first"
+                    )
+                    if code := run_sft(supervised, is_prelude=True):
+                        return code
+                weights = _last_weights(supervised)
+            tree = begun_with(tree, weights)
+    except NemoLikeError as error:
         console.error(error, last_checkpoint=None, next_command=None)
         return error.exit_code
     return Session(tree).run(lambda session, stack: _train(tree, session, stack))
@@ -94,6 +99,32 @@ def install_engine(tree: GRPOTree, say: Callable[[str], object]) -> None:
 
 def _supervised(file: str) -> SFTTree:
     return parse(["--config", file], tree=SFTTree, default_config=Path(file)).tree
+
+
+def _first_weights(tree: GRPOTree) -> Path | None:
+    """Where a run that continues once began; a supervised run may have gone on since.
+
+    Raises:
+        ConfigError: these weights are gone, and divergence from them is measured.
+    """
+    root = Path(tree.checkpointing.checkpoint_dir)
+    steps = layout.find_steps(root) if tree.checkpointing.enabled else []
+    if not steps:
+        return None
+    saved = layout.step_folder(root, steps[-1]) / layout.CONFIG
+    try:
+        weights = Path(yaml.safe_load(saved.read_text(encoding="utf-8"))["policy"]["model_name"])
+    except (OSError, yaml.YAMLError, LookupError, TypeError):  # named in full when it is verified
+        return None
+    if weights.is_dir():
+        return weights
+    if tree.loss_fn.needs_reference:
+        raise ConfigError(
+            f"the run in {root} began with the weights in {weights}, and they are gone: without "
+            "them loss_fn.reference_policy_kl_penalty can not go on. Restore them, or set another "
+            "checkpointing.checkpoint_dir"
+        )
+    return None
 
 
 def _is_done(tree: SFTTree) -> bool:

@@ -62,6 +62,16 @@ class Place:
             f"logger.log_dir={self.root / 'logs'}",
         )
 
+    def supervised_config(self, num_steps: int) -> str:
+        """The file of a supervised run here, for `policy.sft_config`."""
+        return f"""
+defaults: [sft_tiny, _self_]
+sft: {{max_num_steps: {num_steps}, val_period: 0, val_at_start: false, val_at_end: false}}
+cluster: {{launcher: local}}
+checkpointing: {{checkpoint_dir: {self.checkpoints}, metric_name: null}}
+logger: {{log_dir: {self.root / "logs"}}}
+"""
+
     def steps(self) -> list[int]:
         from nemo_like.checkpoint.layout import find_steps
 

@@ -26,15 +26,7 @@ def place(tmp_path):
 @pytest.fixture(scope="session")
 def sft_config(tmp_path_factory):
     """A supervised run of some seconds; GRPO makes its weights when it first begins with them."""
-    root = tmp_path_factory.mktemp("supervised")
-    file = root / "short.yaml"
-    file.write_text(
-        f"""
-defaults: [sft_tiny, _self_]
-sft: {{max_num_steps: 150, val_period: 0, val_at_start: false, val_at_end: false}}
-cluster: {{launcher: local}}
-checkpointing: {{checkpoint_dir: {root}/checkpoints, metric_name: null}}
-logger: {{log_dir: {root}/logs}}
-"""
-    )
+    place = Place(tmp_path_factory.mktemp("supervised"))
+    file = place.root / "short.yaml"
+    file.write_text(place.supervised_config(150))
     return file

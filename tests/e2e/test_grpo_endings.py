@@ -75,6 +75,14 @@ def test_dapo_that_finds_no_group_to_learn_from_says_so(place, capsys):
     assert code == 5 and "0 of 8 groups in 2 batches" in said
 
 
+def test_dapo_that_is_to_stop_when_it_starves_says_where_it_was(place, capsys):
+    code, said = ended(
+        place, capsys, "grpo.use_dynamic_sampling=true", "grpo.on_starvation=stop",
+        "grpo.dynamic_sampling_max_gen_batches=2",
+    )  # fmt: skip
+    assert code == 5 and "Stopped" in said and "at step 0 of 2" in said and "Next:" not in said
+
+
 def test_a_start_that_does_not_exist_is_a_wrong_configuration(place, capsys):
     code, said = ended(place, capsys, "policy.init=pretrained", "policy.sft_config=configs/st.yaml")
     assert code == 2 and "there is no such file" in said

@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_like.errors import EXIT_INTERRUPTED
-from tests.e2e.commands import Place, contents, grpo
+from tests.e2e.commands import Place, contents, grpo, words
 
 STEPS = 4
 STATE = ("model", "optimizer", "rng", "routing.json", "hf")
@@ -64,6 +64,28 @@ def test_grpo_interrupted_after_every_step_equals_the_uninterrupted_run(
     assert len(set(rewards(run))) > 1, "nothing was learned from"
     kl = [line["train/kl_penalty"] for line in run.values()]
     assert 0 <= kl[0] < 1e-3 < kl[-1], "the reference is not the start"
+
+
+def test_a_run_keeps_its_reference_though_the_supervised_run_went_on(tmp_path, capsys):
+    start, place = Place(tmp_path / "supervised"), Place(tmp_path / "run")
+    file = start.root / "short.yaml"
+    settings = (
+        *EVERY_STEP,
+        *GRPO,
+        f"policy.sft_config={file}",
+        "grpo.val_period=0",
+    )
+    start.root.mkdir()
+    file.write_text(start.supervised_config(2))
+    assert grpo(place.grpo_argv(*settings, ONE_STEP_AT_A_TIME)) == EXIT_INTERRUPTED
+    file.write_text(start.supervised_config(3))
+    assert grpo(place.grpo_argv(*settings, ONE_STEP_AT_A_TIME)) == EXIT_INTERRUPTED
+    assert start.steps() == [2], "the start of a run that continues is made again"
+    assert f"model_name: {start.step(2) / 'hf'}" in (place.step(2) / "config.yaml").read_text()
+    start.step(2).rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert grpo(place.grpo_argv(*settings)) == 2
+    assert "reference_policy_kl_penalty" in words(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
