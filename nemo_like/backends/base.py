@@ -238,7 +238,7 @@ class RankBackend(ABC):
         return finite
 
     def _is_watched(self) -> bool:
-        """Whether the optimizer's metrics are wanted of this step: of Muon they cost something."""
+        """Whether the optimizer's metrics are wanted of this step; Muon's have an interval."""
         optimizer = self.policy.active_optimizer
         return not optimizer.is_muon or self.step % optimizer.muon_log_every == 0
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nemo_like.optim.diagnostics import Stopwatch
 from nemo_like.optim.rule import MuonRule
 
 
@@ -18,27 +17,26 @@ class BlockStep:
 
     A packed matrix has several parts, each of which moves or stays by itself, as it would as a
     matrix of its own. `num_parts[i]` counts those of matrix i; where there are more than one,
-    `part_of[i]` says which of them each row ([r, 1]) or column ([1, c]) of the block belongs to.
+    `part_of[i]` says which of them each row ([r, 1], dimension 0) or column ([1, c], dimension 1)
+    of the block belongs to, after the dimension. `device` computes, weights are of type `dtype`.
     """
 
     rule: MuonRule
     device: torch.device
+    dtype: torch.dtype
     lr: float
     weight_decay: float
     weights: dict[int, Tensor]
     momenta: dict[int, Tensor]
     gradients: dict[int, Tensor]
     num_parts: Sequence[int]
-    part_of: Mapping[int, Tensor]
-    spectra: dict[int, list[Tensor]] | None
-    """What `spectrum` says of the matrices computed here, if the step is watched."""
-    stopwatch: Stopwatch | None
+    part_of: Mapping[int, tuple[int, Tensor]]
     active: dict[int, Tensor] = field(default_factory=dict)
     """1 for each part of a matrix that moves, 0 for one that stays; the device is not asked."""
     rates: dict[int, Tensor] = field(default_factory=dict)
     """What the gradient counts in the momentum; may be broadcast over the block."""
     decays: dict[int, Tensor] = field(default_factory=dict)
-    """What weights are multiplied with before an update."""
+    """How much of the weight joins the update."""
 
     def signals(self, numbers: Sequence[int]) -> Tensor:
         """Which parts of these matrices have reason to move, as far as this rank knows.
@@ -50,19 +48,20 @@ class BlockStep:
 
     def activate(self, numbers: Sequence[int], signals: Tensor) -> None:
         """Take these signals for what all ranks agree on."""
-        if not numbers:
-            return
-        like, counts = self.weights[numbers[0]], [self.num_parts[i] for i in numbers]
+        counts = [self.num_parts[i] for i in numbers]
         self.active.update(zip(numbers, signals.split(counts), strict=True))
-        exact = signals.to(like.device, torch.float64)
-        for factors, values in (
-            (self.rates, (1 - self.rule.momentum) * exact),
-            (self.decays, 1 - self.lr * self.weight_decay * exact),
+        # Weights may be kept on another device than the one that computes.
+        place = next((w.device for w in self.weights.values()), self.device)
+        exact = signals.to(place, torch.float64)
+        for factors, factor in (
+            (self.rates, 1 - self.rule.momentum),
+            (self.decays, self.weight_decay),
         ):
-            parts = values.to(like.dtype).split(counts)
-            factors.update(zip(numbers, parts, strict=True))
-            for i in self.part_of.keys() & numbers:
-                factors[i] = factors[i][self.part_of[i].to(like.device)]
+            parts = (factor * exact).to(self.dtype).split(counts)
+            for i, part in zip(numbers, parts, strict=True):
+                if i in self.part_of:
+                    part = part[self.part_of[i][1].to(place)]
+                factors[i] = part
 
     def average(self, numbers: Sequence[int]) -> dict[int, Tensor]:
         """Move the momentum of these matrices; what is to be orthogonalised."""
@@ -79,14 +78,19 @@ class BlockStep:
         return dict(zip(numbers, buffers, strict=True))
 
     def apply(self, updates: Mapping[int, Tensor]) -> None:
-        """Decay the weights of these matrices and take their updates off."""
+        """Take updates, and what decays, off the weights of these matrices.
+
+        Both in one subtraction: 1 - lr * weight_decay, as a factor of its own, is 1 in fp32 for the
+        learning rates of reinforcement learning.
+        """
         if not updates:
             return
         weights = [self.weights[i] for i in updates]
-        if self.weight_decay:
-            torch._foreach_mul_(weights, [self.decays[i] for i in updates])
         # Of weights that are kept on the CPU the updates come from the GPU.
         steps = [update.to(w.device) for update, w in zip(updates.values(), weights, strict=True)]
+        if self.weight_decay:
+            decays = [self.decays[i] for i in updates]
+            steps = list(torch._foreach_addcmul(steps, weights, decays))
         torch._foreach_add_(weights, steps, alpha=-self.lr)
 
     def _signals_of(self, i: int) -> Tensor:
@@ -100,9 +104,8 @@ class BlockStep:
                 return torch.ones(1, device=self.device)
             largest = gradient.abs().amax().reshape(1).to(self.device)
         else:
-            part_of = self.part_of[i]
-            dim = 1 if part_of.shape[1] == 1 else 0
-            largest = gradient.abs().amax(dim).to(self.device)
+            dim, part_of = self.part_of[i]
+            largest = gradient.abs().amax(1 - dim).to(self.device)
             parts = largest.new_zeros(count)
             largest = parts.scatter_reduce(0, part_of.flatten(), largest, "amax")
         return (largest != 0).float()  # NaN, too, is not zero

@@ -39,7 +39,7 @@ class CombinedOptimizer(Optimizer):
     `watch` asks the steps that follow to keep what `metrics` tells of them.
 
     Raises:
-        ConfigError: a parameter is held in half precision, or twice.
+        ConfigError: a parameter is held in half precision.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], mesh: DeviceMesh | None = None) -> None:
@@ -56,7 +56,7 @@ class CombinedOptimizer(Optimizer):
                     state[key] = torch.zeros_like(parameter, requires_grad=False)
                 if group["algorithm"] == "adamw":
                     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        self.watch = False
+        self.watch = self._is_watched = False
         self._mesh = mesh
         self._muons = [
             _muons_of(group, mesh) if group["algorithm"] == "muon" else []
@@ -71,15 +71,16 @@ class CombinedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._stepped = []
+        self._stepped, self._is_watched = [], self.watch
         for group, muons in zip(self.param_groups, self._muons, strict=True):
             lr, decay = group["lr"], group["weight_decay"]
             for muon in muons:
                 momenta = [self.state[p]["momentum_buffer"] for p in muon.parameters]
                 muon.step(momenta, lr=lr, weight_decay=decay, watch=self.watch)
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters and not muons:
-                STEPS[group["algorithm"]](group, parameters, self.state)
+            if not muons:
+                parameters = [p for p in group["params"] if p.grad is not None]
+                if parameters:
+                    STEPS[group["algorithm"]](group, parameters, self.state)
                 self._stepped.append((group, parameters, lr))
         return loss
 
@@ -92,18 +93,27 @@ class CombinedOptimizer(Optimizer):
         and what `diagnostics.spectrum` tells. It costs a pass over the parameters and one wait for
         the device, and is a collective when they are sharded: ask on every rank.
         """
-        if not self.watch:
+        if not self._is_watched:
             return {}
         found: dict[str, Tensor] = {}
         for group, parameters, lr in self._stepped:
-            squares = _update_squares(group, parameters, self.state)
-            both = torch.stack([squares, local_squares(parameters)])
-            update, weights = total_over_shards(both, parameters)
-            count = sum(p.numel() for p in parameters)
-            found |= sizes(group["algorithm"], lr, update=update, weights=weights, count=count)
+            # Every rank takes part in every sum, whatever it has stepped itself.
+            every, stepped = group["params"], set(map(id, parameters))
+            squares = torch.zeros(2, len(every), dtype=torch.float64, device=every[0].device)
+            if parameters:
+                places = [i for i, p in enumerate(every) if id(p) in stepped]
+                squares[0, places] = _update_squares(group, parameters, self.state)
+                squares[1, places] = local_squares(parameters)
+            update, weights = total_over_shards(squares, every)
+            if count := sum(p.numel() for p in parameters):
+                found |= sizes(group["algorithm"], lr, update=update, weights=weights, count=count)
         for muons in self._muons:
             found |= observations(muons) if muons else {}
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+        # Weights may be kept on the CPU, and Muon's part is worked out on the GPU all the same.
+        devices = {value.device for value in found.values()}
+        place = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+        values = [value.to(place) for value in found.values()]
+        return dict(zip(found, torch.stack(values).tolist(), strict=True)) if values else {}
 
     def state_tree(self) -> dict[str, Any]:
         """The state by parameter name: `{"state": {name: {key: tensor}}, "steps": {name: int}}`.

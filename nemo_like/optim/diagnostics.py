@@ -62,7 +62,7 @@ def sizes(
     """Root mean square of an update, and its size relative to the weights, from sums of squares."""
     return {
         f"{prefix}/update_rms": lr * (update / count).sqrt(),
-        f"{prefix}/update_to_weight": lr * (update / weights).sqrt(),
+        f"{prefix}/update_to_weight": lr * (update / weights.clamp_min(1e-300)).sqrt(),
     }
 
 

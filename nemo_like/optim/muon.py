@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from nemo_like.errors import ConfigError
 from nemo_like.optim.block_step import BlockStep
 from nemo_like.optim.diagnostics import Stopwatch, sizes, spectrum, transport, untimed
 from nemo_like.optim.exchange import Exchange
@@ -23,6 +25,17 @@ from nemo_like.optim.views import View
 
 FILLING_ELEMENTS = 2**26
 """Elements that go through Newton-Schulz together on a GPU; a CPU takes matrices one by one."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is kept of a watched step, to be told when it is asked for."""
+
+    lr: float
+    active: Mapping[int, Tensor]
+    stopwatch: Stopwatch
+    spectra: dict[int, list[Tensor]] = field(default_factory=dict)
+    """What `spectrum` says of the matrices computed here."""
 
 
 class Muon:
@@ -41,6 +54,8 @@ class Muon:
     ) -> None:
         self.names, parameters = zip(*named, strict=True)
         self.rule, self.parameters, self._views = rule, parameters, views
+        if len({(p.dtype, p.device) for p in parameters}) > 1:
+            raise ConfigError("Muon's weights must be of one type, and on one device")
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._device = _compute_device(parameters[0])
         self._batch = 1 if self._device.type == "cpu" else FILLING_ELEMENTS
@@ -58,7 +73,7 @@ class Muon:
         self._exchange = Exchange(
             self.plan, self._group, rank=self._rank, device=self._device, wire_dtype=self._wire
         )
-        self._last: BlockStep | None = None
+        self._seen: _Seen | None = None
 
     @torch.no_grad()
     def step(
@@ -79,17 +94,17 @@ class Muon:
         now = BlockStep(
             rule=self.rule,
             device=self._device,
+            dtype=self.parameters[0].dtype,
             lr=lr,
             weight_decay=weight_decay,
             weights=self._here(self.parameters),
             momenta=self._here(momenta),
-            gradients=self._here([p.grad for p in self.parameters]),
+            gradients=self._here([_gradient_of(p) for p in self.parameters]),
             num_parts=self._num_parts,
             part_of=self._part_of,
-            spectra={} if watch else None,
-            stopwatch=Stopwatch(self._device) if watch else None,
         )
-        self._last = now
+        # Not the step itself: it would keep the gradients alive after they were freed.
+        self._seen = _Seen(lr, now.active, Stopwatch(self._device)) if watch else None
         orthogonalize = partial(self._orthogonalized, now)
         at_home = [i for chunk in self._chunks for i in chunk if i in now.gradients]
         now.activate(at_home, now.signals(at_home))
@@ -102,7 +117,7 @@ class Muon:
             signals = now.signals(self._travelling)
             dist.all_reduce(signals, dist.ReduceOp.MAX, group=self._group)
             now.activate(self._travelling, signals)
-            timed = now.stopwatch or untimed
+            timed = self._seen.stopwatch if self._seen else untimed
             for returned in self._exchange.updates(now.average, orthogonalize, timed):
                 now.apply(returned)
 
@@ -118,21 +133,21 @@ class Muon:
 
         Shapes: [matrices, 5], fp64.
         """
-        now = self._last
-        assert now is not None and now.spectra is not None, "watch a step first"
+        seen = self._seen
+        assert seen is not None, "watch a step first"
         table = torch.zeros(len(self.plan.matrices), 5, dtype=torch.float64, device=self._device)
-        for number, rows in now.spectra.items():
-            seen, active = torch.cat(rows).sum(0), now.active[number].double()
-            table[number, 0], table[number, 1:3] = seen[0], seen[1:] / active.sum().clamp_min(1)
+        for number, rows in seen.spectra.items():
+            total, active = torch.cat(rows).sum(0), seen.active[number].double()
+            table[number, 0], table[number, 1:3] = total[0], total[1:] / active.sum().clamp_min(1)
             table[number, 4] = active.mean()
-        for number, weight in now.weights.items():
+        for number, weight in self._here(self.parameters).items():
             blocks = self.plan.matrices[number].blocks
             copies = next(len(b.holders) for b in blocks if self._rank in b.holders)
             table[number, 3] = weight.norm().double().square() / copies
         if self._travelling:
             dist.all_reduce(table, group=self._group)
         table[:, 3] *= table[:, 4]
-        return now.lr, table
+        return seen.lr, table
 
     @torch.no_grad()
     def transported(self) -> tuple[list[float], Tensor]:
@@ -143,9 +158,8 @@ class Muon:
 
         Shapes: [buckets, 3], fp64.
         """
-        now = self._last
-        assert now is not None and now.stopwatch is not None, "watch a step first"
-        table = now.stopwatch.table(len(self.plan.buckets))
+        assert self._seen is not None, "watch a step first"
+        table = self._seen.stopwatch.table(len(self.plan.buckets))
         if self._travelling:
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self._group)
         return [elements * self._wire.itemsize / 1e6 for elements in self.plan.sent], table
@@ -181,10 +195,10 @@ class Muon:
                     gain=gain,
                     keep=kept > 0,
                 )
-                if now.spectra is not None:
+                if self._seen is not None:
                     rows = _split(spectrum(X, update, gain) * kept[:, None], counts)
                     for (i, _), row in zip(chunk, rows, strict=True):
-                        now.spectra.setdefault(numbers[i], []).append(row)
+                        self._seen.spectra.setdefault(numbers[i], []).append(row)
                 for (i, k), part in zip(chunk, _split(update.to(self._wire), counts), strict=True):
                     stacks[i][k] = part
         return [
@@ -214,16 +228,17 @@ class Muon:
                 index = tuple(i - o for i, o in zip(matrix.index, origin, strict=False))
                 yield number, matrix.parameter, index
 
-    def _parts_here(self) -> Iterator[tuple[int, Tensor]]:
+    def _parts_here(self) -> Iterator[tuple[int, tuple[int, Tensor]]]:
         """What part the rows (or columns) of this rank's blocks are of, where there are several."""
         for number, parameter, _ in self._pieces:
             matrix = self.plan.matrices[number]
             if self._num_parts[number] > 1:
                 block = next(b for b in matrix.blocks if self._rank in b.holders)
-                owners = self._views[parameter].part_of(matrix.shape)
-                dim = 0 if owners.shape[1] == 1 else 1
-                held = owners.narrow(dim, block.offset[dim], block.shape[dim])
-                yield number, held.to(self._device)
+                view = self._views[parameter]
+                dim = 1 if view.transposed else 0
+                whole = view.part_of(matrix.shape)
+                held = whole.narrow(dim, block.offset[dim], block.shape[dim])
+                yield number, (dim, held.to(self._device))
 
     def _chunks_at_home(self) -> Iterator[list[int]]:
         """The matrices that stay on this rank, equal shapes together."""
@@ -251,12 +266,14 @@ def observations(muons: Sequence[Muon]) -> dict[str, Tensor]:
     rows = torch.cat([rows, numel[:, None] * rows[:, 4:]], dim=1)
     by_kind = rows.new_zeros(len(numbers), rows.shape[1]).index_add_(0, index, rows)
     update, rank, error, weights, moved, count = torch.cat([rows.sum(0)[None], by_kind]).unbind(1)
+    count = count.clamp_min(1)  # where all is still
     found = sizes("muon", lr, update=update[0], weights=weights[0], count=count[0])
     for i, kind in enumerate(numbers, start=1):
         prefix = f"muon/{kind}"
         found |= sizes(prefix, lr, update=update[i], weights=weights[i], count=count[i])
-        found[f"{prefix}/effective_rank"] = rank[i] / moved[i]
-        found[f"{prefix}/orthogonality_error"] = error[i] / moved[i]
+        share = moved[i].clamp_min(1e-9)  # of idle experts there is nothing to tell
+        found[f"{prefix}/effective_rank"] = rank[i] / share
+        found[f"{prefix}/orthogonality_error"] = error[i] / share
     megabytes, milliseconds = zip(*[muon.transported() for muon in muons], strict=True)
     imbalance = max(muon.plan.imbalance for muon in muons)
     return found | transport(sum(megabytes, []), torch.cat(milliseconds), imbalance)
@@ -275,12 +292,23 @@ def _compute_device(parameter: Tensor) -> torch.device:
     return parameter.device
 
 
+def _gradient_of(parameter: Tensor) -> Tensor | None:
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        assert gradient.placements == parameter.placements, (
+            f"a gradient is placed {gradient.placements}, its weight {parameter.placements}"
+        )
+    return gradient
+
+
 def _group_of(ranks: Sequence[int], parameter: Tensor) -> dist.ProcessGroup | None:
     """The process group of exactly these ranks; None is that of all."""
     if len(ranks) == dist.get_world_size():
         return None
     if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
-        return parameter.device_mesh.get_group()
+        group = parameter.device_mesh.get_group()
+        if dist.get_process_group_ranks(group) == list(ranks):
+            return group
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 

@@ -37,6 +37,8 @@ def total_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     index = torch.tensor([distinct.index(kind) for kind in kinds], device=sums.device)
     totals = sums.new_zeros(*sums.shape[:-1], len(distinct)).index_add_(-1, index, sums)
     for group in dict.fromkeys(group for kind in distinct for group in kind):
+        if group.size() == 1:
+            continue
         sharded = torch.tensor([group in kind for kind in distinct], device=sums.device)
         reduced = totals.clone()
         dist.all_reduce(reduced, group=group)

@@ -178,6 +178,11 @@ def _choose(
                 f"muon_include {taken!r} takes {names[0]} of shape {tuple(parameter.shape)}, but "
                 "Muon needs a matrix; make the pattern narrower"
             )
+        if parameter.ndim > 3:
+            raise ConfigError(
+                f"muon_include {taken!r} takes {names[0]} of shape {tuple(parameter.shape)}, and "
+                "which two of its dimensions make a matrix is not known; make the pattern narrower"
+            )
         return "muon", f"muon_include {taken!r}"
     reason = next(_reasons_against(names, parameter, embeddings), None)
     if reason:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import nemo_like.optim.muon
 from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.optim.build import build_optimizer
 from nemo_like.optim.views import AttentionShape
@@ -33,6 +36,7 @@ PLACED = {
     "HSDP": ((2, 2), [Replicate(), Shard(0)]),
     "rows x columns": ((2, 2), [Shard(0), Shard(1)]),
     "rows x rows": ((2, 2), [Shard(0), Shard(0)]),
+    "copies x rows on half of the ranks": ((1, 2), [Replicate(), Shard(0)]),
 }
 PACKED = AttentionShape(num_heads=4, num_kv_heads=1, head_dim=4, family="phi3")
 SMALL_BUCKETS = {"muon_bucket_mb": 0.005}
@@ -127,6 +131,63 @@ def test_in_bf16_a_layout_changes_no_bit(pool, name):
         torch.testing.assert_close(found[key], tensor, rtol=0, atol=0, msg=key)
 
 
+def train_few(shapes: dict[str, tuple], placements, dim_sizes: tuple, step: int = 0) -> dict:
+    """One step of matrices of these shapes, of which ranks may hold nothing."""
+    mesh = init_device_mesh("cpu", dim_sizes)
+    named = {n: place(t, mesh, placements) for n, t in few(shapes, 0).items()}
+    return step_of_few(named, {n: place(t, mesh, placements) for n, t in few(shapes, 1).items()})
+
+
+def few(shapes: dict[str, tuple], seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    made = {n: torch.randn(s, generator=g, dtype=FP64) for n, s in shapes.items()}
+    if seed and "c_attn.weight" in made:
+        made["c_attn.weight"][0] = 0  # a row of inputs, which is no part of any matrix
+    return made
+
+
+def step_of_few(named: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    parameters = {n: nn.Parameter(t) for n, t in named.items()}
+    for n, p in parameters.items():
+        p.grad = gradients[n]
+    gpt2 = AttentionShape(num_heads=2, num_kv_heads=2, head_dim=1, family="gpt2")
+    optimizer = build_optimizer(parameters.items(), config(), attention=gpt2)[0]
+    optimizer.step()
+    found = {n: p.detach() for n, p in parameters.items()}
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "placements", "sizes"),
+    [
+        ({"flat.weight": (3, 40)}, [Shard(0)], (4,)),
+        ({"experts.up": (4, 16, 12), "a.weight": (4, 4)}, [Shard(0), Shard(1)], (2, 2)),
+        ({"c_attn.weight": (5, 6)}, [Shard(1)], (4,)),
+    ],
+    ids=["nothing held of the only one", "nothing held of the costliest", "one column held"],
+)
+def test_a_rank_may_hold_little_or_nothing(pool, shapes, placements, sizes):
+    expected = step_of_few(few(shapes, 0), few(shapes, 1))
+    for found in pool(4).run(train_few, shapes, placements, sizes):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-12, msg=name)
+            assert not torch.equal(tensor, few(shapes, 0)[name]), "it moved"
+
+
+def norm_with_missing_gradients() -> float:
+    from nemo_like.optim.clip import clip_gradients
+
+    mesh = init_device_mesh("cpu", (4,))
+    p = nn.Parameter(place(torch.ones(8, 3, dtype=FP64), mesh, [Shard(0)]))
+    if dist.get_rank() == 2:
+        p.grad = place(torch.full((8, 3), 2.0, dtype=FP64), mesh, [Shard(0)])
+    return clip_gradients([{"params": [p]}], None)
+
+
+def test_the_norm_counts_a_missing_gradient_as_zero_and_waits_for_nobody(pool):
+    assert pool(4).run(norm_with_missing_gradients) == pytest.approx([24**0.5] * 4)
+
+
 def half_the_gradients_missing() -> dict[str, Tensor]:
     """Two ranks with a block of experts each; the second saw no token for its own."""
     mesh = DeviceMesh("cpu", torch.arange(2))
@@ -172,11 +233,22 @@ def count_collectives(placement: str, options: dict) -> tuple[dict[str, int], in
     optimizer = build_optimizer(parameters.items(), config(**options), attention=PACKED)[0]
     for n, gradient in tensors(1).items():
         parameters[n].grad = place(gradient, mesh, placements)
-    with CommDebugMode() as counted:
+    computed = 0
+    polar = nemo_like.optim.muon.polar
+
+    def counting(X: Tensor, **options) -> Tensor:
+        nonlocal computed
+        computed += len(X)
+        return polar(X, **options)
+
+    with (
+        patch.object(nemo_like.optim.muon, "polar", counting),
+        CommDebugMode() as counted,
+    ):
         optimizer.step()
     calls = {str(name): number for name, number in counted.get_comm_counts().items()}
     (muon,) = optimizer.muons
-    return calls, len(muon.plan.buckets), sum(o == dist.get_rank() for o in muon.plan.owners)
+    return calls, len(muon.plan.buckets), computed
 
 
 @pytest.mark.parametrize("placement", ["FSDP over 4", "HSDP", "rows x columns"])
@@ -188,7 +260,8 @@ def test_a_step_takes_two_all_to_alls_per_bucket_and_each_matrix_is_computed_onc
     calls, buckets, _ = answers[0]
     assert (buckets > 1) == bool(options)
     assert calls == {"c10d.alltoall_base_": 2 * buckets, "c10d.allreduce_": 1}
-    assert sum(computed for _, _, computed in answers) == len(MATRICES) - 1 + 5
+    experts_and_qkv = 5 + 3
+    assert sum(computed for _, _, computed in answers) == len(MATRICES) - 2 + experts_and_qkv
 
 
 def step_alone_on_a_mesh_of_one() -> int:

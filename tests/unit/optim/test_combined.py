@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -247,6 +248,44 @@ def test_a_gradient_of_the_smallest_number_moves_a_whole_step():
     build(parameters, optimizer="muon", muon_ns_dtype="float64", **settings).step()
     moved = before - parameters["a"].detach()
     torch.testing.assert_close(moved, torch.eye(8) * 0.2 * 8**0.5, rtol=0.04, atol=1e-6)
+
+
+@pytest.mark.parametrize("lr", [1e-6, 5e-6])
+def test_weight_decay_arrives_at_the_learning_rates_of_reinforcement_learning(lr):
+    shape = {"a": (128, 128)}
+    decayed, plain = weights(shape, torch.float32), weights(shape, torch.float32)
+    start = decayed["a"].detach().double()
+    for parameters, decay in ((decayed, 0.01), (plain, 0.0)):
+        train(build(parameters, optimizer="muon", lr=lr, weight_decay=decay),
+              list(parameters.values()), range(200))  # fmt: skip
+    found = ((plain["a"].double() - decayed["a"].double()) * start).sum() / start.square().sum()
+    assert float(found) == pytest.approx(200 * lr * 0.01, rel=0.02)
+
+
+def test_gradients_are_free_once_they_are_dropped():
+    parameters = weights({"a": (8, 8)})
+    optimizer = build(parameters, optimizer="muon", **EXACT)
+    optimizer.watch = True
+    train(optimizer, list(parameters.values()), range(1))
+    gradient = weakref.ref(parameters["a"].grad)
+    optimizer.zero_grad()
+    assert gradient() is None and optimizer.metrics()
+
+
+def test_metrics_of_a_step_without_any_signal_are_zero():
+    parameters = weights({"a": (8, 8), "b": (8, 8)}, torch.float32)
+    optimizer = build(parameters, optimizer="muon", **EXACT)
+    optimizer.watch = True
+    for p in parameters.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert set(optimizer.metrics().values()) == {0.0}
+
+
+def test_weights_of_two_types_are_refused():
+    mixed = weights({"a": (8, 8)}) | weights({"b": (8, 8)}, torch.float32)
+    with pytest.raises(ConfigError, match="of one type"):
+        build(mixed, optimizer="muon")
 
 
 def test_with_always_a_zero_gradient_lets_momentum_go_on():
