@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -151,6 +151,22 @@ class CombinedOptimizer(Optimizer):
         for _, name, parameter in self._entries():
             if name in own["steps"]:
                 self.state[parameter]["step"].fill_(tree["steps"][name])
+
+    def state_dict(self) -> NoReturn:
+        """Refused: torch's form is by number and holds what is no state; `state_tree` is by name.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("take state_tree(), and give it back to load_state_tree()")
+
+    def load_state_dict(self, state_dict: Any) -> NoReturn:
+        """Refused, as `state_dict`.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        self.state_dict()
 
     @property
     def muons(self) -> list[Muon]:

@@ -21,8 +21,8 @@ class MuonRule:
     """How matrices are moved.
 
     Blocks travel in `wire_dtype` (None: bf16 if Newton-Schulz is in bf16, else the type of the
-    weights). A matrix that stays on one rank is rounded in the same way, so that the layout of a
-    run does not change its numbers.
+    weights). A matrix that stays on one rank is rounded in the same way, so that on a CPU, which
+    takes matrices one by one, the layout of a run does not change its numbers.
     """
 
     momentum: float = 0.95

@@ -282,6 +282,25 @@ def test_metrics_of_a_step_without_any_signal_are_zero():
     assert set(optimizer.metrics().values()) == {0.0}
 
 
+def test_matrices_computed_together_get_the_updates_of_each_alone():
+    shapes = {"a": (8, 12), "b": (8, 12), "experts": (3, 12, 8), "c": (4, 4)}
+    one_by_one, together = weights(shapes), weights(shapes)
+    for parameters, batch in ((one_by_one, 1), (together, 10**6)):
+        optimizer = build(parameters, optimizer="muon", lr=0.1, **EXACT)
+        for muon in optimizer.muons:
+            muon._batch = batch
+        train(optimizer, list(parameters.values()), range(2))
+    for name in shapes:
+        torch.testing.assert_close(one_by_one[name], together[name], rtol=0, atol=1e-14)
+
+
+def test_torch_s_form_of_the_state_is_refused_with_the_one_to_take():
+    optimizer = build(weights(), optimizer="muon")
+    for refused in (optimizer.state_dict, lambda: optimizer.load_state_dict({})):
+        with pytest.raises(NotImplementedError, match="take state_tree"):
+            refused()
+
+
 def test_weights_of_two_types_are_refused():
     mixed = weights({"a": (8, 8)}) | weights({"b": (8, 8)}, torch.float32)
     with pytest.raises(ConfigError, match="of one type"):
