@@ -77,7 +77,9 @@ class World:
 
     def _make(self, kind, model, folder):
         config = config_of(model, kind)
-        factory = DTensorFactory(config, BackendSettings(seed=1, asynchronous_save=True, keep_reference=True))
+        factory = DTensorFactory(
+            config, BackendSettings(seed=1, asynchronous_save=True, keep_reference=True)
+        )
         cuts = {
             "train": Batching.for_training(config), "logprob": Batching.for_logprobs(config)
         }  # fmt: skip
