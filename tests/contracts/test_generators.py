@@ -446,6 +446,7 @@ class Policy:
         yield from weights_of("qwen3").items()
 
 
+@pytest.mark.slow
 def test_vllm_killed_while_it_draws_is_replaced_and_the_step_is_that_without_the_fault(
     world, engines
 ):

@@ -145,11 +145,9 @@ def test_layout_takes_the_steps_of_one_process(models, pool, alone, name, world,
     assert_same_training(over_ranks(results), alone(name))
 
 
-@pytest.mark.parametrize("split_heads", [False, True], ids=["whole", "by head"])
 @pytest.mark.parametrize(("world", "dtensor", "label"), LAYOUTS, ids=[x[2] for x in LAYOUTS])
-def test_muon_takes_the_steps_of_one_process(
-    models, pool, alone, world, dtensor, label, split_heads
-):
+def test_muon_takes_the_steps_of_one_process(models, pool, alone, world, dtensor, label):
+    split_heads = label in ("FSDP2 over 4", "FSDP2 x TP")
     # A small bucket, so that several are on their way at once.
     muon = {"optimizer": "muon", "muon_split_heads": split_heads, "muon_bucket_mb": 0.02}
     options = {"optimizer": muon}

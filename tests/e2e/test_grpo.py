@@ -60,6 +60,7 @@ def test_dapo_with_muon_learns(dapo_muon):
     )
 
 
+@pytest.mark.slow
 def test_dapo_with_muon_and_vllm_continues_to_the_bit(dapo_muon, sft_config):
     place, command, _ = dapo_muon
     state = ("model", "optimizer", "rng", "routing.json", "hf")
