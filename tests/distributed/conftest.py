@@ -1,9 +1,9 @@
-"""One set of worker processes per world size for the whole session: starting them takes seconds."""
+"""One set of worker processes per world size for all tests: starting them takes seconds."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,15 +12,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
 sys.path.insert(0, str(Path(__file__).parent))
 from worker_pool import WorkerPool
 
+_pools: dict[int, WorkerPool] = {}
+
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Callable[[int], WorkerPool]]:
+def pool() -> Callable[[int], WorkerPool]:
     """`pool(4).run(function, *args)` calls a top-level function of the test file on four ranks."""
-    pools: dict[int, WorkerPool] = {}
+    return lambda world_size: _pools.setdefault(world_size, WorkerPool(world_size))
 
-    def of(world_size: int) -> WorkerPool:
-        return pools.setdefault(world_size, WorkerPool(world_size))
 
-    yield of
-    for one in pools.values():
-        one.close()
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the processes with the last test in this folder: their threads wake up all the time."""
+    here = Path(__file__).parent
+    if nextitem is None or here not in nextitem.path.parents:
+        while _pools:
+            _pools.popitem()[1].close()
