@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 120.0
+MOST_RUNS = 30
+"""Runs after which workers are replaced: each makes process groups, whose threads wake up all the
+time until the process ends."""
 GRACE_S = 5.0
 """How long the other ranks may take to fail too, before they count as stuck in a collective."""
 _HERE = Path(__file__).parent
@@ -38,12 +41,14 @@ class WorkerPool:
         self._workers: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._runs = 0
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
-        if not all(worker.is_alive() for worker in self._workers):
+        if self._runs == MOST_RUNS or not all(worker.is_alive() for worker in self._workers):
             self.close()
         if not self._workers:
             self._start()
+        self._runs += 1
         call = pickle.dumps((inspect.getfile(function), function.__name__, args))
         for pipe in self._pipes:
             pipe.send_bytes(call)
@@ -57,7 +62,7 @@ class WorkerPool:
             pipe.close()
         if self._folder is not None:
             self._folder.cleanup()
-        self._workers, self._pipes, self._folder = [], [], None
+        self._workers, self._pipes, self._folder, self._runs = [], [], None, 0
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
