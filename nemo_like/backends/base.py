@@ -240,7 +240,7 @@ class RankBackend(ABC):
     def _is_watched(self) -> bool:
         """Whether the optimizer's metrics are wanted of this step; Muon's have an interval."""
         optimizer = self.policy.active_optimizer
-        return not optimizer.is_muon or self.step % optimizer.muon_log_every == 0
+        return not optimizer.is_muon or (self.step + 1) % optimizer.muon_log_every == 0
 
     def _skip_or_raise(self, shares: list[float], grad_norm: float) -> None:
         """Count the step as skipped, or say where the first bad value arose."""
