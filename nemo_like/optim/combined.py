@@ -57,7 +57,6 @@ class CombinedOptimizer(Optimizer):
                 if group["algorithm"] == "adamw":
                     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         self.watch = self._is_watched = False
-        self._mesh = mesh
         self._muons = [
             _muons_of(group, mesh) if group["algorithm"] == "muon" else []
             for group in self.param_groups

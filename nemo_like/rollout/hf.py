@@ -7,14 +7,15 @@ much to start. A rollout depends on weights, prompt and seed, never on the batch
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_like.errors import CheckpointError, ConfigError, NonFiniteError
+from nemo_like.errors import ConfigError
 from nemo_like.interfaces import WeightSource
+from nemo_like.rollout.completion import Completion
 from nemo_like.rollout.sampling import (
     Decode,
     check_sampling,
@@ -24,20 +25,15 @@ from nemo_like.rollout.sampling import (
     sampled_distribution,
     uniforms,
 )
-from nemo_like.rollout.weights import Delivery, ExpectedWeights
+from nemo_like.rollout.weights import Delivery, ExpectedWeights, held
 from nemo_like.types import Prompt, Rollout, SamplingParams, sample_numbers
 
 
-@dataclass
-class _Completion:
-    """A completion in the making: `room` is how many tokens it may have, `uniforms_T` its dice."""
+@dataclass(kw_only=True)
+class _Completion(Completion):
+    """A completion with its dice."""
 
-    prompt: Prompt
-    room: int
     uniforms_T: Tensor
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] = "length"
 
 
 class HFEngine:
@@ -129,10 +125,7 @@ class HFEngine:
             DataError: a prompt that is empty, too long, or outside the vocabulary.
             NonFiniteError: the model's logits are not numbers.
         """
-        if self._version is None:
-            raise CheckpointError(
-                "the rollout engine holds no complete weights: load_weights or sync comes first"
-            )
+        version = held(self._version)
         check_sampling(sampling)
         numbers = sample_numbers(prompts) if samples is None else samples
         rows = [self._start(p, k, sampling) for p, k in zip(prompts, numbers, strict=True)]
@@ -140,17 +133,7 @@ class HFEngine:
         by_length = sorted(rows, key=lambda row: len(row.prompt.token_ids))
         for first in range(0, len(rows), self._max_num_seqs):
             self._complete(by_length[first : first + self._max_num_seqs], sampling)
-        return [
-            Rollout(
-                prompt=row.prompt,
-                token_ids=tuple(row.token_ids),
-                sampled_logprobs=tuple(row.logprobs),
-                text=self._decode(row.token_ids),
-                finish_reason=row.finish_reason,
-                weights_version=self._version,
-            )
-            for row in rows
-        ]
+        return [row.rollout(self._decode, version) for row in rows]
 
     def close(self) -> None:
         """Release the weights; safe to call twice."""
@@ -160,7 +143,7 @@ class HFEngine:
     def _start(self, prompt: Prompt, sample: int, sampling: SamplingParams) -> _Completion:
         room = room_for(prompt, sampling, longest=self._longest, vocab_size=self._config.vocab_size)
         dice = uniforms(sampling.seed, prompt_index=prompt.index, sample=sample, count=room)
-        return _Completion(prompt, room, dice)
+        return _Completion(prompt=prompt, room=room, uniforms_T=dice)
 
     def _complete(self, rows: Sequence[_Completion], sampling: SamplingParams) -> None:
         """Decode until the last row has ended; an ended row leaves batch and cache at once."""
@@ -210,16 +193,8 @@ def _extend(rows: Sequence[_Completion], logits_BV: Tensor, sampling: SamplingPa
         tokens_B = pick_tokens(logprobs_BV, dice_B.to(logprobs_BV.device))
     tokens_B = tokens_B.clamp(max=logprobs_BV.shape[-1] - 1)  # of rows with NaN, refused just below
     chosen_B = logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
-    for row, token, logprob, is_number in zip(
-        rows, tokens_B.tolist(), chosen_B.tolist(), chosen_B.isfinite().tolist(), strict=True
-    ):
-        if not is_number:
-            raise NonFiniteError(
-                f"NaN or infinite logits for prompt {row.prompt.index}, token {len(row.token_ids)} "
-                "of its completion: the weights are broken, or policy.precision overflows"
-            )
-        row.token_ids.append(token)
-        row.logprobs.append(logprob)
+    for row, token, logprob in zip(rows, tokens_B.tolist(), chosen_B.tolist(), strict=True):
+        row.add(token, logprob)
     return tokens_B
 
 

@@ -14,15 +14,15 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_like.errors import CheckpointError, ConfigError, NonFiniteError
+from nemo_like.errors import CheckpointError, ConfigError
+from nemo_like.rollout.completion import Completion
 from nemo_like.rollout.sampling import (
     Decode,
     check_sampling,
@@ -30,7 +30,7 @@ from nemo_like.rollout.sampling import (
     room_for,
     stream_seed,
 )
-from nemo_like.rollout.weights import Delivery, ExpectedWeights
+from nemo_like.rollout.weights import Delivery, ExpectedWeights, held
 from nemo_like.types import Prompt, Rollout, SamplingParams, sample_numbers
 
 ENVIRONMENT = {
@@ -53,17 +53,6 @@ KV_CACHE_BYTES = 1 << 30
 """The most that the KV cache of an engine on a CPU takes, unless one sequence needs more."""
 PREFILL_TOKENS = 8192
 """Tokens of prompts that go through the model together."""
-
-
-@dataclass
-class _Completion:
-    """A completion in the making."""
-
-    prompt: Prompt
-    room: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] = "length"
 
 
 class VLLMEngine:
@@ -175,10 +164,7 @@ class VLLMEngine:
             DataError: a prompt that is empty, too long, or outside the vocabulary.
             NonFiniteError: the model's logits are not numbers.
         """
-        if self._version is None:
-            raise CheckpointError(
-                "the rollout engine holds no complete weights: load_weights or sync comes first"
-            )
+        version = held(self._version)
         check_sampling(sampling)
         if 0 < sampling.temperature < COLDEST:
             raise ConfigError(
@@ -187,9 +173,9 @@ class VLLMEngine:
             )
         numbers = sample_numbers(prompts) if samples is None else samples
         rows = {
-            str(place): _Completion(
-                prompt,
-                room_for(prompt, sampling, longest=self._longest, vocab_size=self._vocab_size),
+            str(place): Completion(
+                prompt=prompt,
+                room=room_for(prompt, sampling, longest=self._longest, vocab_size=self._vocab_size),
             )
             for place, prompt in enumerate(prompts)
         }
@@ -204,17 +190,7 @@ class VLLMEngine:
         except BaseException:
             self._llm.llm_engine.abort_request(list(rows))
             raise
-        return [
-            Rollout(
-                prompt=row.prompt,
-                token_ids=tuple(row.token_ids),
-                sampled_logprobs=tuple(row.logprobs),
-                text=self._decode(row.token_ids),
-                finish_reason=row.finish_reason,
-                weights_version=self._version,
-            )
-            for row in rows.values()
-        ]
+        return [row.rollout(self._decode, version) for row in rows.values()]
 
     def close(self) -> None:
         """Ends the engine; safe to call twice."""
@@ -229,7 +205,7 @@ class VLLMEngine:
             for each in (name, *self._aliases.get(name, ())):
                 yield each, tensor
 
-    def _params(self, row: _Completion, number: int, sampling: SamplingParams) -> Any:
+    def _params(self, row: Completion, number: int, sampling: SamplingParams) -> Any:
         kinds = import_module("vllm.sampling_params").RequestOutputKind
         return self._vllm.SamplingParams(
             max_tokens=row.room,
@@ -246,7 +222,7 @@ class VLLMEngine:
             output_kind=kinds.DELTA if sampling.stop_strings else kinds.FINAL_ONLY,
         )
 
-    def _complete(self, rows: Mapping[str, _Completion], sampling: SamplingParams) -> None:
+    def _complete(self, rows: Mapping[str, Completion], sampling: SamplingParams) -> None:
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
             ended = []
@@ -258,17 +234,11 @@ class VLLMEngine:
             engine.abort_request(ended)
 
 
-def _extend(row: _Completion, completion: Any, decode: Decode, sampling: SamplingParams) -> bool:
+def _extend(row: Completion, completion: Any, decode: Decode, sampling: SamplingParams) -> bool:
     """Writes new tokens down; whether one of them ends a row that vLLM would go on with."""
     logprobs = completion.logprobs.logprobs
     for token, logprob in zip(completion.token_ids, logprobs, strict=True):
-        if not math.isfinite(logprob):
-            raise NonFiniteError(
-                f"NaN or infinite logits for prompt {row.prompt.index}, token {len(row.token_ids)} "
-                "of its completion: the weights are broken, or policy.precision overflows"
-            )
-        row.token_ids.append(int(token))
-        row.logprobs.append(float(logprob))
+        row.add(int(token), float(logprob))
         if completes_stop_string(row.token_ids, decode, sampling):
             row.finish_reason = "stop"
             return True

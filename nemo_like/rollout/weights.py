@@ -29,6 +29,19 @@ class ExpectedWeights:
         return cls(hf_model.config.model_type, shapes, dict(tied))  # type: ignore[attr-defined]
 
 
+def held(version: int | None) -> int:
+    """The version of the weights that an engine holds.
+
+    Raises:
+        CheckpointError: it holds none, or a mixture.
+    """
+    if version is None:
+        raise CheckpointError(
+            "the rollout engine holds no complete weights: load_weights or sync comes first"
+        )
+    return version
+
+
 class Delivery:
     """One set of weights on its way into an engine: lets through what fits, remembers what not."""
 
