@@ -82,8 +82,7 @@ def train(
         check(step, stats)
         shaping = {"shaped_reward": Metric(float(rewards_PG.mean()))}
         journal.record(step, batch, told(stats, rollout_metrics(groups), sampling_metrics, shaping))
-        is_due = grpo.val_period > 0 and step % grpo.val_period == 0
-        if is_due or grpo.val_at_end and step == journal.last_step:
+        if grpo.validates_after(step, journal.last_step):
             with journal.phase("validation"):
                 journal.record_validation(step, validate(step))
 

@@ -34,8 +34,22 @@ def evaluate(
     environment: Environment,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
+    *,
+    num_samples: int = 1,
+    batch_size: int | None = None,
 ) -> Evaluation:
-    """Each prompt answered once with the policy's weights of now, and judged."""
+    """Each prompt answered with the policy's weights of now, and judged.
+
+    The `num_samples` of a prompt follow each other. `batch_size` prompts are given to the generator
+    at the same time, or all.
+    """
     generator.sync(policy)
-    rollouts = generator.generate(prompts, sampling)
-    return Evaluation(tuple(rollouts), tuple(environment.score(rollouts)))
+    rollouts: list[Rollout] = []
+    rewards: list[float] = []
+    size = batch_size or len(prompts) or 1
+    for at in range(0, len(prompts), size):
+        asked = [prompt for prompt in prompts[at : at + size] for _ in range(num_samples)]
+        answers = generator.generate(asked, sampling)
+        rollouts += answers
+        rewards += environment.score(answers)
+    return Evaluation(tuple(rollouts), tuple(rewards))

@@ -81,7 +81,6 @@ def train(
             stats = update(policy, batch, loss, num_updates)
         check(step, stats)
         journal.record(step, batch, told(stats, rollout_metrics(groups)))
-        is_due = grpo.val_period > 0 and step % grpo.val_period == 0
-        if is_due or grpo.val_at_end and step == journal.last_step:
+        if grpo.validates_after(step, journal.last_step):
             with journal.phase("validation"):
                 journal.record_validation(step, validate(step))

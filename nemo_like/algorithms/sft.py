@@ -42,8 +42,7 @@ def train(
         with journal.phase("train"):
             stats = policy.train_step(batch, NLL())
         journal.record(step, batch, stats)
-        is_due = sft.val_period > 0 and step % sft.val_period == 0
-        if is_due or sft.val_at_end and step == journal.last_step:
+        if sft.validates_after(step, journal.last_step):
             with journal.phase("validation"):
                 journal.record_validation(step, validate(step))
 

@@ -32,6 +32,11 @@ class StepsConfig(Node):
         """Whether there is a step that is validated."""
         return self.val_period > 0 or self.val_at_start or self.val_at_end
 
+    def validates_after(self, step: int, last_step: int) -> bool:
+        """Whether there is a validation after this step of a run that ends with `last_step`."""
+        is_due = self.val_period > 0 and step % self.val_period == 0
+        return is_due or self.val_at_end and step == last_step
+
 
 class CheckpointingConfig(Node):
     """When checkpoints are written, and which are kept."""

@@ -336,21 +336,14 @@ def validator(
     num_samples = tree.grpo.val_num_generations_per_prompt
 
     def ask(sampling: SamplingParams, count: int = 1) -> Evaluation:
-        size, prompts = tree.grpo.val_batch_size, data.validation
-        batches = [prompts[at : at + size] for at in range(0, len(prompts), size)]
-        parts = [
-            evaluate(
-                policy,
-                generator,
-                environment,
-                [prompt for prompt in batch for _ in range(count)],
-                sampling,
-            )
-            for batch in batches
-        ]
-        return Evaluation(
-            tuple(rollout for part in parts for rollout in part.rollouts),
-            tuple(reward for part in parts for reward in part.rewards),
+        return evaluate(
+            policy,
+            generator,
+            environment,
+            data.validation,
+            sampling,
+            num_samples=count,
+            batch_size=tree.grpo.val_batch_size,
         )
 
     def validate(step: int) -> Metrics:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Protocol
 
 import yaml
 
@@ -28,7 +28,7 @@ from nemo_like.checkpoint.hf_export import write_hf
 from nemo_like.checkpoint.manifest import RunLayout, verify
 from nemo_like.config.compose import as_yaml
 from nemo_like.config.policy import PolicyConfig
-from nemo_like.config.run import CheckpointingConfig, LoggerConfig
+from nemo_like.config.tree import RunTree
 from nemo_like.errors import (
     EXIT_INTERRUPTED,
     CheckpointError,
@@ -68,36 +68,6 @@ class Resumable(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go to a position."""
-        ...
-
-
-class RunTree(Protocol):
-    """What a session needs of a run's configuration, whatever its algorithm."""
-
-    real_config: ClassVar[str]
-
-    @property
-    def next_config(self) -> str:
-        """The file to go on with when there is nothing left to try with this one."""
-        ...
-
-    @property
-    def policy(self) -> PolicyConfig:
-        """The model in training."""
-        ...
-
-    @property
-    def checkpointing(self) -> CheckpointingConfig:
-        """When checkpoints are written, and which are kept."""
-        ...
-
-    @property
-    def logger(self) -> LoggerConfig:
-        """Where metrics go."""
-        ...
-
-    def model_dump(self, *, mode: Literal["json"]) -> dict[str, Any]:
-        """The whole tree as plain values."""
         ...
 
 
