@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_like.errors import EXIT_INTERRUPTED
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = "examples/run_sft.py"
 GRPO_SCRIPT = "examples/run_grpo.py"
@@ -200,3 +202,32 @@ def contents(folder: Path, *parts: str) -> dict[str, bytes]:
     """Every byte below these parts of a checkpoint, by file."""
     files = [f for part in parts for f in sorted((folder / part).rglob("*")) if f.is_file()]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+ONE_STEP_AT_A_TIME = "checkpointing.checkpoint_must_save_by=00:00:00:00"
+
+
+def continues_exactly(
+    command: Callable[[list[str]], int],
+    argv_of: Callable[[Place], list[str]],
+    root: Path,
+    steps: int,
+) -> Place:
+    """A run in one go, after it was compared with the same run stopped after every step."""
+    straight, broken = Place(root / "straight"), Place(root / "broken")
+    state = ("model", "optimizer", "rng", "routing.json", "hf")
+    assert command(argv_of(straight)) == 0
+    for done in range(1, steps):
+        assert command([*argv_of(broken), ONE_STEP_AT_A_TIME]) == EXIT_INTERRUPTED
+        assert broken.steps() == list(range(1, done + 1))
+    assert command(argv_of(broken)) == 0
+
+    assert straight.steps() == broken.steps() == list(range(1, steps + 1))
+    for step in straight.steps():
+        expected = contents(straight.step(step), *state)
+        found = contents(broken.step(step), *state)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if found[name] != expected[name]] == [], f"step {step}"
+    assert broken.values() == straight.values()
+    assert [line["step"] for line in straight.values()] == list(range(1, steps + 1))
+    return straight

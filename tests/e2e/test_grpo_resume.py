@@ -3,11 +3,9 @@
 import pytest
 
 from nemo_like.errors import EXIT_INTERRUPTED
-from tests.e2e.commands import Place, contents, grpo, words
+from tests.e2e.commands import ONE_STEP_AT_A_TIME, Place, continues_exactly, grpo, words
 
 STEPS = 4
-STATE = ("model", "optimizer", "rng", "routing.json", "hf")
-ONE_STEP_AT_A_TIME = "checkpointing.checkpoint_must_save_by=00:00:00:00"
 EVERY_STEP = (
     f"grpo.max_num_steps={STEPS}", "checkpointing.save_period=1", "grpo.val_period=2",
     "grpo.val_num_generations_per_prompt=2", "policy.scheduler.lr_warmup_iters=2",
@@ -26,22 +24,9 @@ DAPO = (
 
 def resumes_exactly(root, *settings):
     """The run in one go, after it was compared with the same run stopped after every step."""
-    straight, broken = Place(root / "straight"), Place(root / "broken")
     settings = (*EVERY_STEP, *settings)
-    assert grpo(straight.grpo_argv(*settings)) == 0
-    for done in range(1, STEPS):
-        assert grpo(broken.grpo_argv(*settings, ONE_STEP_AT_A_TIME)) == EXIT_INTERRUPTED
-        assert broken.steps() == list(range(1, done + 1))
-    assert grpo(broken.grpo_argv(*settings)) == 0
-
-    assert straight.steps() == broken.steps() == list(range(1, STEPS + 1))
-    for step in straight.steps():
-        expected = contents(straight.step(step), *STATE)
-        found = contents(broken.step(step), *STATE)
-        assert found.keys() == expected.keys()
-        assert [name for name in found if found[name] != expected[name]] == [], f"step {step}"
-    assert broken.values() == straight.values()
-    assert [line["step"] for line in straight.values()] == list(range(1, STEPS + 1))
+    straight = continues_exactly(grpo, lambda place: place.grpo_argv(*settings), root, STEPS)
+    broken = Place(root / "broken")
     answers = [(place.log / "samples.jsonl").read_text() for place in (straight, broken)]
     assert answers[0] == answers[1] != ""
     return straight
