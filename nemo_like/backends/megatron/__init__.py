@@ -1,0 +1,1 @@
+"""megatron-core: tensor, pipeline, context and expert parallelism, mixtures of experts."""
