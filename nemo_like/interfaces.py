@@ -1,8 +1,9 @@
 """The Protocols between the algorithms and the world. Read this file first.
 
-An algorithm sees a `Policy` (the model that learns), a `Generator` (the engine that samples), an
-`Environment` (what rewards) and a `Journal` (metrics, checkpoints, signals), and nothing of
-torch.distributed, Ray, vLLM or transformers. `PolicyBackend` is one rank's half of a `Policy`.
+An algorithm sees a `Policy` (the model that learns), a `RolloutSource` (what it learns from) and a
+`Journal` (metrics, checkpoints, signals), and nothing of torch.distributed, Ray, vLLM or
+transformers. Behind the source are a `Generator` (the engine that samples) and an `Environment`
+(what rewards). `PolicyBackend` is one rank's half of a `Policy`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol
 from torch import Tensor
 
 from nemo_like.types import (
+    Drawn,
     Metrics,
     PolicyFacts,
     Prompt,
@@ -137,6 +139,17 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """Release processes; safe to call twice."""
+        ...
+
+
+class RolloutSource(Protocol):
+    """Where a step gets its rollouts from."""
+
+    def next(self, step: int, journal: Journal, batch: int = 0) -> Drawn:
+        """The rollouts that a step trains on; further batches of it, by their number.
+
+        Steps are asked for in order, each once.
+        """
         ...
 
 

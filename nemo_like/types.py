@@ -91,6 +91,14 @@ class Group:
     rewards: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a step trains on, and what there is to tell of how it came to be."""
+
+    groups: list[Group]
+    metrics: Metrics = field(default_factory=dict)
+
+
 def sample_numbers(prompts: Sequence[Prompt]) -> list[int]:
     """How often the prompt at each place was in the list before that place.
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nemo_like.algorithms.grpo import Check, PromptStream, Validate
+from nemo_like.algorithms.grpo import Check, Validate
 from nemo_like.algorithms.policy_gradient import (
     advantages,
-    draw,
     prepared,
     scaled,
     shaped,
@@ -21,31 +20,22 @@ from nemo_like.algorithms.policy_gradient import (
 )
 from nemo_like.config.grpo import GRPOConfig
 from nemo_like.errors import NoSignalError
-from nemo_like.interfaces import Environment, Generator, Journal, Policy
+from nemo_like.interfaces import Journal, Policy, RolloutSource
 from nemo_like.losses.clipped_pg import ClippedPG
 from nemo_like.ops.rewards import has_signal
-from nemo_like.rollout.collect import (
-    collect,
-    rewards_of,
-    rollout_batch,
-    rollout_metrics,
-    truncated,
-)
-from nemo_like.types import Group, Metric, Metrics, SamplingParams
+from nemo_like.rollout.collect import rewards_of, rollout_batch, rollout_metrics, truncated
+from nemo_like.types import Drawn, Group, Metric
 
 
 def train(
     policy: Policy,
-    generator: Generator,
-    environment: Environment,
-    prompts: PromptStream,
+    rollouts: RolloutSource,
     validate: Validate,
     journal: Journal,
     check: Check,
     *,
     grpo: GRPOConfig,
     loss: ClippedPG,
-    sampling: SamplingParams,
     num_updates: int,
 ) -> None:
     """Train until the steps are done, a signal arrives or time is up; the journal says which."""
@@ -53,20 +43,9 @@ def train(
         with journal.phase("validation"):
             journal.record_validation(0, validate(0))
     for step in journal.steps():
-        with journal.phase("sync"):
-            generator.sync(policy)
-        with journal.phase("rollout"):
-            batches = (
-                collect(
-                    prompts.take(round(grpo.num_prompts_per_step * grpo.batch_multiplier)),
-                    generator,
-                    environment,
-                    draw(sampling, step, number),
-                    num_samples=grpo.num_generations_per_prompt,
-                )
-                for number in range(grpo.dynamic_sampling_max_gen_batches)
-            )
-            groups, sampling_metrics = dynamic_sampling(batches, grpo)
+        numbers = range(grpo.dynamic_sampling_max_gen_batches)
+        drawn = dynamic_sampling((rollouts.next(step, journal, n) for n in numbers), grpo)
+        groups = drawn.groups
         if not groups:
             journal.stop("grpo.on_starvation=stop: too few groups with different rewards")
             continue
@@ -79,17 +58,16 @@ def train(
             batch = prepared(batch, policy, grpo, loss.config, num_updates)
         with journal.phase("train"):
             stats = update(policy, batch, loss, num_updates)
-        check(step, stats)
         shaping = {"shaped_reward": Metric(float(rewards_PG.mean()))}
-        journal.record(step, batch, told(stats, rollout_metrics(groups), sampling_metrics, shaping))
+        stats = told(stats, rollout_metrics(groups), drawn.metrics, shaping)
+        check(step, stats)
+        journal.record(step, batch, stats)
         if grpo.validates_after(step, journal.last_step):
             with journal.phase("validation"):
                 journal.record_validation(step, validate(step))
 
 
-def dynamic_sampling(
-    batches: Iterable[list[Group]], grpo: GRPOConfig
-) -> tuple[list[Group], Metrics]:
+def dynamic_sampling(batches: Iterable[Drawn], grpo: GRPOConfig) -> Drawn:
     """As many groups as a step takes, of whose rewards not all are equal; and what it took.
 
     Batches are drawn one by one until there are enough; of the last one the rest is left. Judged
@@ -104,9 +82,10 @@ def dynamic_sampling(
     """
     needed, kept = grpo.num_prompts_per_step, list[Group]()
     num_batches = num_drawn = 0
-    for groups in batches:
+    for drawn in batches:
         if not grpo.use_dynamic_sampling:
-            return groups, {}
+            return drawn
+        groups = drawn.groups
         num_batches, num_drawn = num_batches + 1, num_drawn + len(groups)
         counted_PG = ~truncated(groups) if grpo.overlong_filtering else None
         teaches_P = has_signal(rewards_of(groups), counted_PG).tolist()
@@ -128,4 +107,4 @@ def dynamic_sampling(
         ),
         "dynamic_sampling_kept_groups": Metric(len(kept) / num_drawn),
     }
-    return [] if is_starved and grpo.on_starvation == "stop" else kept[:needed], metrics
+    return Drawn([] if is_starved and grpo.on_starvation == "stop" else kept[:needed], metrics)

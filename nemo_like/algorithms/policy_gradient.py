@@ -15,12 +15,7 @@ from nemo_like.ops.advantages import clip_advantages, group_relative, standardiz
 from nemo_like.ops.kl import kl_estimate, penalize
 from nemo_like.ops.rewards import penalize_truncated, scale_rewards, shape_overlong
 from nemo_like.rollout.collect import lengths_of, truncated
-from nemo_like.types import Group, Metrics, SamplingParams, StepStats, TrainBatch
-
-
-def draw(sampling: SamplingParams, step: int, batch: int = 0) -> SamplingParams:
-    """The same parameters with the dice of this step, and of this batch of it."""
-    return replace(sampling, seed=(sampling.seed << 40) + (step << 12) + batch)
+from nemo_like.types import Group, Metrics, StepStats, TrainBatch
 
 
 def scaled(rewards_PG: Tensor, config: RewardScalingConfig) -> Tensor:

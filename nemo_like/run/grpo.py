@@ -28,6 +28,7 @@ from nemo_like.interfaces import Environment, Generator, WeightSource
 from nemo_like.losses.clipped_pg import ClippedPG
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Answer
+from nemo_like.rollout.source import Drawing, RolloutsOnTime
 from nemo_like.run.build import Batchings, machines, policy_factory
 from nemo_like.run.environments import build_environments
 from nemo_like.run.session import Session, read_model_config
@@ -178,15 +179,12 @@ def _train(tree: GRPOTree, session: Session, stack: ExitStack) -> int:
     page = dapo if tree.grpo.is_dapo else grpo
     page.train(
         world.policy,
-        world.generator,
-        environment,
-        data.loader,
+        RolloutsOnTime(_drawing(tree, world.generator, environment, data), world.policy),
         validator(tree, world.policy, world.generator, environment, data, session),
         journal,
         lambda step, stats: _check_agreement(step, stats, tree.policy.generation.mismatch, session),
         grpo=_with_response_length(tree),
         loss=ClippedPG(tree.loss_fn),
-        sampling=_sampling(tree, data.tokenizer),
         num_updates=tree.updates_per_step,
     )
     return session.finish(journal, total_steps)
@@ -274,6 +272,19 @@ def num_steps(tree: GRPOTree, loader: Loader[Prompt]) -> int:
             f"{grpo_config.num_prompts_per_step}; lower it"
         )
     return min(grpo_config.max_num_steps, in_epochs)
+
+
+def _drawing(
+    tree: GRPOTree, generator: Generator, environment: Environment, data: RolloutData
+) -> Drawing:
+    return Drawing(
+        data.loader,
+        generator,
+        environment,
+        _sampling(tree, data.tokenizer),
+        num_prompts=round(tree.grpo.num_prompts_per_step * tree.grpo.batch_multiplier),
+        num_samples=tree.grpo.num_generations_per_prompt,
+    )
 
 
 def _sampling(tree: GRPOTree, tokenizer: Any) -> SamplingParams:

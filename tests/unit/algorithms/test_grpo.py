@@ -10,6 +10,7 @@ from nemo_like.config.grpo import GRPOConfig
 from nemo_like.config.loss import ClippedPGConfig
 from nemo_like.errors import DataError, NoSignalError
 from nemo_like.losses.clipped_pg import ClippedPG
+from nemo_like.rollout.source import Drawing, RolloutsOnTime
 from nemo_like.types import SamplingParams
 from tests.fakes import FakeEnvironment, FakeGenerator, FakeJournal, FakePolicy, FakePrompts
 
@@ -34,17 +35,21 @@ class Run:
             "num_prompts_per_step": 2, "num_generations_per_prompt": 4, "val_period": 0,
             "val_at_start": False, "val_at_end": False,
         }  # fmt: skip
+        settings = GRPOConfig(**defaults | options)
+        drawing = Drawing(
+            self.prompts, self.generator, FakeEnvironment(reward),
+            SamplingParams(max_new_tokens=8, seed=7),
+            num_prompts=round(settings.num_prompts_per_step * settings.batch_multiplier),
+            num_samples=settings.num_generations_per_prompt,
+        )  # fmt: skip
         page.train(
             self.policy,
-            self.generator,
-            FakeEnvironment(reward),
-            self.prompts,
+            RolloutsOnTime(drawing, self.policy),
             lambda step: self.validated.append(step) or {},
             self.journal,
             lambda step, stats: self.checked.append(step),
-            grpo=GRPOConfig(**defaults | options),
+            grpo=settings,
             loss=ClippedPG(ClippedPGConfig(**{"reference_policy_kl_penalty": 0.0} | (loss or {}))),
-            sampling=SamplingParams(max_new_tokens=8, seed=7),
             num_updates=updates,
         )
 
