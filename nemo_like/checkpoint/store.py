@@ -11,19 +11,19 @@ import json
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from nemo_like.checkpoint.boxes import BoxedTensor, LoadPlanner, SavePlanner
 from nemo_like.checkpoint.dcp_storage import (
     METADATA,
     Reader,
@@ -41,7 +41,10 @@ from nemo_like.checkpoint.files import (
 from nemo_like.errors import CheckpointError
 
 State = Mapping[str, Any]
-"""A tree of dicts with string keys; leaves are tensors, DTensors, or what JSON can hold."""
+"""A tree of dicts with string keys; leaves are tensors of any kind, or what JSON can hold."""
+
+StoredTensor = torch.Tensor | BoxedTensor
+"""A plain tensor, a DTensor, or boxes: all are the same on disk."""
 
 VALUES = "values.json"
 
@@ -53,7 +56,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 class _Flat:
     """A tree taken apart: what DCP stores and what JSON stores, by "/"-joined name."""
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, StoredTensor]
     values: dict[str, Any]
 
 
@@ -127,8 +130,13 @@ class StateWriter:
         self.close()
 
     def _copy(self, part: _Flat) -> _Flat:
-        tensors = self._stager.stage(part.tensors)
-        assert isinstance(tensors, dict), "staging is synchronous"
+        live = {n: t.boxes if isinstance(t, BoxedTensor) else t for n, t in part.tensors.items()}
+        staged = self._stager.stage(live)
+        assert isinstance(staged, dict), "staging is synchronous"
+        tensors = {
+            n: replace(t, boxes=staged[n]) if isinstance(t, BoxedTensor) else staged[n]
+            for n, t in part.tensors.items()
+        }
         return _Flat(tensors, part.values)
 
 
@@ -165,7 +173,7 @@ def load_state(
         dcp_load(
             wanted.tensors,
             storage_reader=Reader(folder, metadata),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=LoadPlanner(),
             process_group=group,
         )
     return _put_together(template, _Flat(wanted.tensors, saved_values))
@@ -196,6 +204,8 @@ def _take_apart(state: State, prefix: str = "") -> _Flat:
         name = prefix + key
         if isinstance(value, torch.Tensor):
             flat.tensors[name] = value.detach()
+        elif isinstance(value, BoxedTensor):
+            flat.tensors[name] = value
         elif isinstance(value, Mapping) and value:
             inner = _take_apart(value, name + "/")
             flat.tensors.update(inner.tensors)
@@ -251,11 +261,11 @@ def _write(folder: Path, state: _Flat, group: dist.ProcessGroup | None) -> None:
         sync_folder(folder)
 
 
-class _Planner(DefaultSavePlanner):
+class _Planner(SavePlanner):
     """Writes the plain values on the coordinator while planning, where DCP shares its failure."""
 
     def __init__(self, folder: Path, values: dict[str, Any]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        super().__init__()
         self._folder, self._values = folder, values
 
     def create_global_plan(self, all_plans: Any) -> Any:
@@ -276,7 +286,7 @@ def _merge(values_of_ranks: list[dict[str, Any]], folder: Path) -> dict[str, Any
     return merged
 
 
-def _tensor_problem(name: str, saved: Any, tensor: torch.Tensor) -> str | None:
+def _tensor_problem(name: str, saved: Any, tensor: StoredTensor) -> str | None:
     if saved is None:
         return f"{name}: not in the checkpoint"
     if not isinstance(saved, TensorStorageMetadata):

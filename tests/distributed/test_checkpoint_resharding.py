@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from nemo_like.checkpoint import rng, store
+from nemo_like.checkpoint.boxes import BoxedTensor
+from nemo_like.checkpoint.dcp_storage import read_metadata
 from nemo_like.checkpoint.store import StateWriter, load_state
 from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.errors import CheckpointError
@@ -130,6 +132,47 @@ def save_sync(folder, layout):
 
 def save_async(folder, layout):
     return save(folder, layout, asynchronous=True)
+
+
+def boxes_with_a_copy(memory: torch.Tensor) -> BoxedTensor:
+    """Rows 0-2 on rank 0, 5-7 on rank 1, and 2-5 on both: packed matrices of two ranks."""
+    own, shared = (0, 5)[dist.get_rank()], 2
+    boxes = {(own, 0): memory[:2], (shared, 0): memory[2:]}
+    return BoxedTensor((7, 3), memory.dtype, boxes)
+
+
+def between_boxes_and_dtensors(folder: Path) -> tuple[bool, bool, int]:
+    whole = torch.arange(21.0).reshape(7, 3)
+    mesh = init_device_mesh("cpu", (2,))
+    mine = torch.cat([whole[:2] if dist.get_rank() == 0 else whole[5:], whole[2:5]])
+    sharded = distribute_tensor(whole, mesh, [Shard(0)])
+    with StateWriter(asynchronous=False) as writer:
+        writer.save(folder, {"dtensor": {"w": sharded}})
+        writer.save(folder, {"boxes": {"w": boxes_with_a_copy(mine)}})
+    into = torch.zeros_like(mine)
+    load_state(folder / "dtensor", {"w": boxes_with_a_copy(into)})
+    loaded = load_state(folder / "boxes", {"w": distribute_tensor(whole * 0, mesh, [Shard(0)])})
+    chunks = read_metadata(folder / "boxes").state_dict_metadata["w"].chunks
+    return into.equal(mine), loaded["w"].full_tensor().equal(whole), len(chunks)
+
+
+def test_boxes_and_dtensors_are_the_same_on_disk_and_copies_are_written_once(pool, tmp_path):
+    assert pool(2).run(between_boxes_and_dtensors, tmp_path) == [(True, True, 3)] * 2
+
+
+def boxes_that_leave_rank_1_out(folder: Path) -> str:
+    boxes = BoxedTensor((7, 3), torch.float32, {(0, 0): torch.zeros(2, 3)})
+    try:
+        with StateWriter(asynchronous=False) as writer:
+            writer.save(folder, {"part": {"w": boxes}})
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_boxes_that_leave_a_part_out_are_refused_on_every_rank(pool, tmp_path):
+    for message in pool(2).run(boxes_that_leave_rank_1_out, tmp_path):
+        assert "the ranks do not hold all of w: 6 of 21 elements" in message
 
 
 def refused_disk_on_rank_1(folder: Path, asynchronous: bool) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemo_like.checkpoint import store
+from nemo_like.checkpoint.boxes import BoxedTensor
 from nemo_like.checkpoint.dcp_storage import METADATA
 from nemo_like.checkpoint.store import StateWriter, load_state
 from nemo_like.errors import CheckpointError
@@ -59,6 +60,64 @@ def save(folder, tree, *, asynchronous=False):
 def test_a_state_comes_back_bit_for_bit_with_its_plain_values_and_tuples(tmp_path, asynchronous):
     folder = save(tmp_path, state(), asynchronous=asynchronous)
     assert_same_bits(load_state(folder, zeroed(state())), state())
+
+
+def boxed(memory, shape, cuts, columns=(0,)):
+    """A tensor that lies in rows of a packed matrix, from the last rows to the first."""
+    boxes, row = {}, len(memory)
+    for first, last in zip(cuts, cuts[1:], strict=False):
+        row -= last - first
+        for a, b in zip(columns, [*columns[1:], shape[1]], strict=True):
+            boxes[first, a] = memory[row : row + last - first, a:b]
+    return BoxedTensor(shape, memory.dtype, boxes)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_boxes_are_saved_as_the_tensor_that_they_make_up_and_loaded_into_others(
+    tmp_path, asynchronous
+):
+    whole, packed = torch.randn(7, 5), torch.zeros(9, 5)
+    source = boxed(packed, (7, 5), [0, 2, 3, 7], columns=(0, 4))
+    for (row, column), box in source.boxes.items():
+        box.copy_(whole[row : row + box.shape[0], column : column + box.shape[1]])
+    with StateWriter(asynchronous=asynchronous) as writer:
+        for name in ("first", "second"):  # the second one reuses the buffers of the first
+            writer.save(tmp_path / name, {"part": {"w": {"q": source}, "step": 3}})
+            packed.add_(1.0)
+    for i, name in enumerate(("first", "second")):
+        plain = load_state(tmp_path / name / "part", {"w": {"q": torch.zeros(7, 5)}, "step": 0})
+        assert torch.equal(plain["w"]["q"], whole + i)
+        other = torch.zeros(8, 5)
+        target = boxed(other, (7, 5), [0, 4, 7])
+        loaded = load_state(tmp_path / name / "part", {"w": {"q": target}, "step": 0})
+        assert loaded["w"]["q"] is target
+        assert torch.equal(other, torch.cat([torch.zeros(1, 5), whole[4:] + i, whole[:4] + i]))
+
+
+def test_boxes_are_filled_from_what_was_a_plain_tensor_and_some_may_be_elsewhere(tmp_path):
+    folder = save(tmp_path, {"w": torch.arange(35.0).reshape(7, 5)})
+    memory = torch.zeros(2, 5)
+    load_state(folder, {"w": BoxedTensor((7, 5), memory.dtype, {(3, 2): memory[1:, 2:4]})})
+    assert memory.tolist() == [[0.0] * 5, [0, 0, 17, 18, 0]]
+
+
+def test_boxes_that_leave_a_part_of_their_tensor_out_are_refused_at_save(tmp_path):
+    half = BoxedTensor((7, 5), torch.float32, {(0, 0): torch.zeros(7, 3)})
+    with pytest.raises(CheckpointError, match="do not hold all of w: 21 of 35 elements"):
+        save(tmp_path, {"w": half})
+
+
+def test_boxes_that_overlap_are_refused_at_save(tmp_path):
+    boxes = {(0, 0): torch.zeros(4, 5), (3, 0): torch.zeros(4, 5)}
+    with pytest.raises(CheckpointError, match="cannot write .*overlap"):
+        save(tmp_path, {"w": BoxedTensor((7, 5), torch.float32, boxes)})
+
+
+def test_boxes_of_another_shape_or_type_are_refused(tmp_path):
+    folder = save(tmp_path, {"w": torch.zeros(7, 5)})
+    for wrong in (BoxedTensor((7, 6), torch.float32, {}), BoxedTensor((7, 5), torch.float64, {})):
+        with pytest.raises(CheckpointError, match=r"w: \(7, 5\) torch.float32 in the checkpoint"):
+            load_state(folder, {"w": wrong})
 
 
 def test_loading_fills_the_tensors_of_the_template_in_place(tmp_path):
