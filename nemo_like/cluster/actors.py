@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import faulthandler
 import os
 import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, TypeVar
 
+from nemo_like.cluster import stacks
 from nemo_like.cluster.failures import Failure, WorkerIdentity
 
 T = TypeVar("T")
 Factory = Callable[[], Any]
 """Makes a worker's object. Picklable: a frozen dataclass whose `__call__` imports heavy things."""
-
-STACKS_AT = 0.9
-"""Share of a call's time limit after which the worker writes its stacks to its log."""
 
 
 class Worker:
@@ -29,9 +26,8 @@ class Worker:
     readable, whether its class can be pickled or not.
     """
 
-    def __init__(self, identity: WorkerIdentity, timeout_s: float):
+    def __init__(self, identity: WorkerIdentity):
         self._identity = identity
-        self._timeout_s = timeout_s
         self._object: Any = None
         self._stream: Iterator[list[Any]] = iter(())
         self._feed: _Feed | None = None
@@ -40,7 +36,7 @@ class Worker:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-        faulthandler.enable(file=2)
+        stacks.listen()
 
     def hello(self) -> tuple[WorkerIdentity, int]:
         """Who this is by now, and a port that is free here (rank 0's is used to meet at)."""
@@ -122,21 +118,10 @@ class Worker:
         return self._guarded(method, run)
 
     def _guarded(self, phase: str, run: Callable[[], T]) -> T | Failure:
-        with _stacks_after(self._timeout_s * STACKS_AT):
-            try:
-                return run()
-            except Exception as exception:
-                return Failure.of(exception, self._identity, phase)
-
-
-@contextmanager
-def _stacks_after(seconds: float) -> Iterator[None]:
-    """Writes all stacks to the log if the body takes longer, whatever it hangs in."""
-    faulthandler.dump_traceback_later(seconds, file=2)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+        try:
+            return run()
+        except Exception as exception:
+            return Failure.of(exception, self._identity, phase)
 
 
 class _Feed:

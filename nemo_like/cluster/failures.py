@@ -85,13 +85,22 @@ def to_error(failures: Sequence[Failure]) -> NemoLikeError:
     return WorkerError("\n".join([*lines, *_log_end(cause.worker)]))
 
 
-def hang_error(silent: Sequence[WorkerIdentity], phase: str, timeout_s: float) -> WorkerError:
-    """The error of workers that did not answer in time."""
+def hang_error(
+    silent: Sequence[WorkerIdentity], phase: str, limit: str, stacks: str
+) -> WorkerError:
+    """The error of workers that did not answer in time.
+
+    Args:
+        silent: Those workers.
+        phase: The call, or what else was waited for.
+        limit: How long, and which key says so.
+        stacks: Where the stacks of all processes are.
+    """
     who = ", ".join(str(worker) for worker in silent)
     lines = [
-        f"no answer to {phase} within cluster.worker_timeout_s={timeout_s:g} from {who}. "
-        "Either they hang (their stacks are in their logs, where they could still write them), or "
-        "the call needs longer: raise cluster.worker_timeout_s"
+        f"no answer to {phase} within {limit} from {who}. Either they hang, or the call needs "
+        "longer: then raise cluster.worker_timeout_s",
+        f"Stacks of all processes: {stacks}",
     ]
     return WorkerError("\n".join([*lines, *_log_end(silent[0])]))
 

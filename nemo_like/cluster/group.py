@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class WorkerGroup:
         self._started: Future[list[Any]] | None = None
         self._ready = False
         self._broken: NemoLikeError | None = None
+        self._closing = threading.Event()
 
     def start(self) -> None:
         """Begins to start all workers; a second call does nothing."""
@@ -84,6 +86,7 @@ class WorkerGroup:
         self.start()
         if not self._ready:
             assert self._started is not None
+            # Whatever a start waits for has a deadline of its own.
             self._gather(self._started.result(), "start")
             self._ready = True
 
@@ -106,9 +109,12 @@ class WorkerGroup:
 
     def get(self, ref: Any) -> Any:
         """The value behind a reference that rank 0 made."""
+        exceptions = self._cluster.ray.exceptions
         try:
             return self._cluster.ray.get(ref, timeout=self._config.timeout_s)
-        except self._cluster.ray.exceptions.RayError as exc:
+        except exceptions.GetTimeoutError as exc:
+            raise self.give_up([0], "transfer") from exc
+        except exceptions.RayError as exc:
             raise self._break(to_error([died(self._identities[0], "transfer", str(exc))])) from exc
 
     def stream(self, method: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Any]:
@@ -139,12 +145,27 @@ class WorkerGroup:
         self._gather(pending, method)
         return self._gather([actor.close_feed.remote(method) for actor in self._actors], method)
 
+    def give_up(self, ranks: Sequence[int], phase: str) -> WorkerError:
+        """The error of ranks that do not answer; the stacks of all are written, its own end."""
+        limit_s, key = self._config.timeout_s, "cluster.worker_timeout_s"
+        limit = f"{key}={limit_s:g}"
+        if phase == "start":
+            limit = f"{self._start_limit():g} s (the longer of {START_S:g} and {limit})"
+        file = self._config.log_dir / f"stacks_{self._config.name}_{phase}.txt"
+        silent = [self._identities[rank] for rank in ranks]
+        self._cluster.write_stacks(file, self._identities)
+        error = hang_error(silent, phase, limit, str(file.absolute()))
+        self._break(error)
+        return error
+
     def close(self) -> None:
         """Closes the objects and ends the processes; safe to call twice, and after any failure."""
         if self._started is None:
             return
         started, self._started = self._started, None
-        if started.exception() is None and self._ready and self._broken is None:
+        self._closing.set()
+        wait([started], CLOSE_S)
+        if started.done() and started.exception() is None and self._ready and self._broken is None:
             ray = self._cluster.ray
             ray.wait(
                 [actor.call.remote("close") for actor in self._actors],
@@ -175,11 +196,12 @@ class WorkerGroup:
                 scheduling_strategy=ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
                     self._reservation, placement_group_bundle_index=place.node
                 ),
-            ).remote(identity, self._config.timeout_s)
+            ).remote(identity)
             for place, identity in zip(placement.ranks, self._identities, strict=True)
         ]
         hellos = self._gather([actor.hello.remote() for actor in self._actors], "start")
         self._identities = [identity for identity, _ in hellos]
+        self._cluster.watch(self._config.name, self._identities)
         master = ("127.0.0.1" if placement.num_nodes == 1 else hellos[0][0].node, hellos[0][1])
         return [
             actor.make.remote(self._config.factory, self._meeting_env(place, *master))
@@ -190,11 +212,18 @@ class WorkerGroup:
         placement = self._config.placement
         strategy = "STRICT_SPREAD" if placement.num_nodes > 1 else "STRICT_PACK"
         self._reservation = ray.util.placement_group(placement.bundles, strategy=strategy)
-        if not self._reservation.wait(RESERVE_S):
+        deadline = time.monotonic() + RESERVE_S
+        while not (there := self._reservation.wait(POLL_S)) and time.monotonic() < deadline:
+            self._refuse_closing()
+        if not there:
             raise WorkerError(
                 f"the {self._config.name} workers waited {RESERVE_S:g} s for {placement.bundles}: "
                 "the Ray cluster has that, but it is in use"
             )
+
+    def _refuse_closing(self) -> None:
+        if self._closing.is_set():
+            raise WorkerError(f"the {self._config.name} workers were closed")
 
     def _start_limit(self) -> float:
         return max(START_S, self._config.timeout_s)
@@ -224,6 +253,7 @@ class WorkerGroup:
         limit = self._start_limit() if phase == "start" else self._config.timeout_s
         deadline = time.monotonic() + limit
         while pending and time.monotonic() < deadline:
+            self._refuse_closing()
             done, _ = self._cluster.ray.wait(list(pending), num_returns=1, timeout=POLL_S)
             for ref in done:
                 rank = pending.pop(ref)
@@ -234,8 +264,7 @@ class WorkerGroup:
         if failures:
             error = to_error(failures)
         elif pending:
-            silent = [self._identities[rank] for rank in pending.values()]
-            error = hang_error(silent, phase, limit)
+            raise self.give_up(list(pending.values()), phase)
         else:
             return values
         unusable = pending or any(f.died for f in failures) or phase == "start"
@@ -244,7 +273,9 @@ class WorkerGroup:
     def _outcome(self, ref: Any, rank: int, phase: str) -> Any:
         exceptions = self._cluster.ray.exceptions
         try:
-            return self._cluster.ray.get(ref)
+            return self._cluster.ray.get(ref, timeout=self._config.timeout_s)
+        except exceptions.GetTimeoutError as exc:
+            raise self.give_up([rank], phase) from exc
         except exceptions.RayTaskError as exc:  # arguments or value could not be unpickled
             return Failure(self._identities[rank], phase, f"the call did not go through: {exc}")
         except exceptions.RayActorError as exc:
@@ -260,6 +291,7 @@ class WorkerGroup:
 
     def _kill(self) -> None:
         ray = self._cluster.ray
+        self._cluster.watch(self._config.name, ())
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors = []

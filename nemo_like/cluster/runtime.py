@@ -8,14 +8,17 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nemo_like.cluster import stacks
+from nemo_like.cluster.failures import WorkerIdentity
 from nemo_like.cluster.placement import NodeResources, count_local_gpus
 from nemo_like.config.run import ClusterConfig
 from nemo_like.errors import ConfigError, WorkerError
@@ -27,6 +30,10 @@ What is too much for it, Ray writes to the disk.
 """
 UNRATIONED_CPUS = 1024
 """Of a cluster that we start: how many workers share the cores is the user's choice, not Ray's."""
+CONNECT_S = 300.0
+"""How long Ray may take to start here, or to answer at an address; it takes about 4 s."""
+SHUTDOWN_S = 60.0
+"""How long Ray may take to end its processes; after that they end with the driver."""
 HEAD_LOST_S = "15"
 """Of a cluster that we start: how long its processes look for its head before they end."""
 
@@ -57,6 +64,8 @@ class RayCluster:
         self._folder: str | None = None
         self._ray: Future[ModuleType] | None = None
         self._closed = threading.Event()
+        self._ended = threading.Event()
+        self._workers: dict[str, Sequence[WorkerIdentity]] = {}
 
     def start(self) -> None:
         """Begins to connect, or to start a cluster on this machine; a second call does nothing."""
@@ -71,11 +80,18 @@ class RayCluster:
 
         Raises:
             ConfigError: nothing answers at `cluster.address`.
-            WorkerError: Ray did not start on this machine.
+            WorkerError: Ray did not start on this machine, or not in time.
         """
         self.start()
         assert self._ray is not None
-        return self._ray.result()
+        try:
+            return self._ray.result(CONNECT_S)
+        except TimeoutError as exc:
+            raise WorkerError(
+                f"Ray did not start, or answer at cluster.address, within {CONNECT_S:g} s. Its "
+                f"logs: {self._folder or self._config.address}. cluster.launcher=local runs "
+                "without Ray, in one process"
+            ) from exc
 
     def gpus_found(self) -> int:
         """The GPUs of this machine, or of the smallest GPU machine of the cluster at `address`."""
@@ -95,25 +111,38 @@ class RayCluster:
             if node["Alive"]
         ]
 
+    def watch(self, group: str, workers: Sequence[WorkerIdentity]) -> None:
+        """Takes note of who works in a group by now: of nobody, when it has ended."""
+        self._workers[group] = workers
+
+    def write_stacks(self, file: Path, given_up: Sequence[WorkerIdentity]) -> None:
+        """Appends what the driver and all workers are doing; see `stacks.write`."""
+        everybody = [worker for group in self._workers.values() for worker in group]
+        stacks.write(file, self.ray, everybody, given_up)
+
     def close(self) -> None:
         """Disconnects, and ends the processes of a cluster that we started; safe to call twice."""
         if self._ray is None:
             return
         atexit.unregister(self.close)
-        started, self._ray = self._ray, None
-        if started.exception() is None:
-            started.result().shutdown()
+        self._ray = None
         self._closed.set()
+        self._ended.wait(SHUTDOWN_S)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _live(self, connected: Future[ModuleType]) -> None:
         try:
-            connected.set_result(self._connect())
+            ray = self._connect()
         except BaseException as exc:  # raised again where the result is asked for
             connected.set_exception(exc)
-        # Ray's processes ask the kernel to end them with the *thread* that started them.
-        self._closed.wait()
+        else:
+            connected.set_result(ray)
+            # Ray's processes ask the kernel to end them with the *thread* that started them.
+            self._closed.wait()
+            ray.shutdown()
+        finally:
+            self._ended.set()
 
     def _connect(self) -> ModuleType:
         address = self._config.address

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -60,7 +61,10 @@ class Echo:
         time.sleep(60)
 
     def hang(self):
-        if self.rank == 1:
+        if self.rank == 0:
+            wait = "import time\ndef a_child_waits(): time.sleep(60)\na_child_waits()"
+            subprocess.Popen([sys.executable, "-c", wait])
+        else:
             os.kill(os.getpid(), signal.SIGSTOP)
         self.sleep_for_ever()
 
@@ -149,7 +153,7 @@ def make_group(cluster, tmp_path_factory):
 @pytest.fixture(scope="module")
 def healthy(make_group):
     started = time.monotonic()
-    group, logs = make_group()
+    group, logs = make_group(name="healthy")
     assert time.monotonic() - started < 0.5, "a start is waited for at the first call only"
     return group, logs
 
@@ -160,6 +164,10 @@ def is_running(pid):
     except ProcessLookupError:
         return False
     return True
+
+
+def local_address():
+    return import_ray().util.get_node_ip_address()
 
 
 def wait_until_gone(pids, seconds):
@@ -194,7 +202,7 @@ def test_the_environment_is_set_before_the_process_starts_and_ranks_can_meet(hea
 def test_what_workers_print_is_kept_in_files(healthy):
     group, logs = healthy
     group.wait_ready()
-    assert "rank 1 was made" in (logs / "policy_rank1.log").read_text()
+    assert "rank 1 was made" in (logs / "healthy_rank1.log").read_text()
 
 
 def test_a_ctrl_c_of_the_terminal_does_not_end_workers(healthy):
@@ -207,7 +215,7 @@ def test_a_ctrl_c_of_the_terminal_does_not_end_workers(healthy):
 def test_our_errors_arrive_as_themselves_and_leave_the_group_usable_when_all_answered(healthy):
     group, _ = healthy
     with pytest.raises(
-        NonFiniteError, match=r"loss is nan on rank .*policy rank \d of 2.*in refuse"
+        NonFiniteError, match=r"loss is nan on rank .*healthy rank \d of 2.*in refuse"
     ):
         group.call_all("refuse")
     assert group.call_all("add", 1) == [(0, 1), (1, 1)]
@@ -239,7 +247,8 @@ def test_a_killed_worker_ends_the_call_within_ten_seconds_and_the_rest_of_the_gr
     assert wait_until_gone(pids, 10)
 
 
-def test_a_hang_ends_in_time_with_the_silent_ranks_and_their_stacks(make_group):
+def test_a_hang_ends_in_time_with_the_silent_ranks_and_their_stacks(make_group, healthy):
+    healthy[0].wait_ready()
     group, logs = make_group(timeout_s=2.0)
     group.wait_ready()
     pids = group.call_all("pid")
@@ -248,9 +257,19 @@ def test_a_hang_ends_in_time_with_the_silent_ranks_and_their_stacks(make_group):
         WorkerError, match=r"no answer to hang within .*worker_timeout_s=2"
     ) as caught:
         group.call_all("hang")
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 7
     assert "rank 0 of 2" in str(caught.value) and "rank 1 of 2" in str(caught.value)
     assert "sleep_for_ever" in str(caught.value), "the stack of the rank that could still write it"
+    sections = (logs / "stacks_policy_hang.txt").read_text().split("== ")
+    assert str(logs / "stacks_policy_hang.txt") in str(caught.value)
+    for who, what in {
+        "driver": "in give_up",
+        "policy rank 0 of 2": "in sleep_for_ever",
+        f"started by policy rank 0 of 2 (node {local_address()}, pid {pids[0]})": "in <module>",
+        "policy rank 1 of 2": "it is stopped",
+        "healthy rank 1 of 2": "Thread 0x",
+    }.items():
+        assert any(who in section.split("\n")[0] and what in section for section in sections), who
     assert wait_until_gone(pids, 15), "a stopped process is ended too"
 
 

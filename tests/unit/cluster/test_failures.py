@@ -79,10 +79,11 @@ def test_an_error_of_ours_is_the_cause_before_one_of_torch(worker):
     assert type(to_error([symptom, failure_of(DataError("row 7"), worker)])) is DataError
 
 
-def test_a_hang_names_the_silent_ranks_and_the_key(worker):
-    error = hang_error([worker, replace(worker, rank=3)], "save", 30.0)
+def test_a_hang_names_the_silent_ranks_the_key_and_the_stacks(worker):
+    limit = "cluster.worker_timeout_s=30"
+    error = hang_error([worker, replace(worker, rank=3)], "save", limit, "logs/stacks.txt")
     assert isinstance(error, WorkerError)
-    for text in ("rank 1 of 4", "rank 3 of 4", "save", "cluster.worker_timeout_s=30"):
+    for text in ("rank 1 of 4", "rank 3 of 4", "save", limit, "logs/stacks.txt"):
         assert text in str(error)
 
 
