@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_like.backends import collectives
 from nemo_like.backends.settings import BackendSettings
 from nemo_like.checkpoint import rng
 from nemo_like.checkpoint.files import read_json
@@ -71,6 +72,7 @@ class RankBackend(ABC):
         if settings.keep_reference:
             self._keep_reference()
         self._writer = StateWriter(asynchronous=settings.asynchronous_save)
+        collectives.limit(settings.collective_timeout_s)
 
     @abstractmethod
     def _target_logprobs(self, batch: TrainBatch, micro_batch: MicroBatch) -> Tensor:

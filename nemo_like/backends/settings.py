@@ -15,7 +15,8 @@ class BackendSettings:
     `convert_optimizer` a checkpoint whose parameters had other optimizers can be loaded. With
     `keep_reference` the weights of the start are kept too, for log-probabilities under them.
     Log-probabilities are of logits divided by `temperature`, as engines draw tokens. The schedules
-    go on by one in every `updates_per_step` optimizer steps.
+    go on by one in every `updates_per_step` optimizer steps. A collective fails after
+    `collective_timeout_s`: later than the driver, who can say which ranks are missing.
     """
 
     seed: int
@@ -25,3 +26,4 @@ class BackendSettings:
     keep_reference: bool = False
     temperature: float = 1.0
     updates_per_step: int = 1
+    collective_timeout_s: float = 1860.0

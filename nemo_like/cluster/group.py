@@ -69,6 +69,11 @@ class WorkerGroup:
             executor.shutdown(wait=False)
 
     @property
+    def timeout_s(self) -> float:
+        """How long a call may take."""
+        return self._config.timeout_s
+
+    @property
     def is_lost(self) -> bool:
         """Whether its processes were ended, because one of them died or did not answer."""
         return self._broken is not None

@@ -33,6 +33,7 @@ class RemotePolicy:
         self._leaders = placement.leaders()
         self._train = train
         self._logprob = logprob
+        self._saves_since = 0.0
 
     def wait_ready(self) -> None:
         """Returns when every rank has made its backend; until then the driver is free."""
@@ -67,6 +68,7 @@ class RemotePolicy:
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Every rank writes its part of model, optimizer and RNG state into `folder`."""
+        self._saves_since = time.monotonic()
         self._group.call_all("save", folder.absolute(), with_optimizer=with_optimizer)
 
     def load(self, folder: Path) -> None:
@@ -74,8 +76,15 @@ class RemotePolicy:
         self._group.call_all("load", folder.absolute())
 
     def save_finished(self) -> bool:
-        """Whether every rank has written what its last `save` began; raises what went wrong."""
-        return all(self._group.call_all("save_finished"))
+        """Whether every rank has written what its last `save` began; raises what went wrong.
+
+        Raises:
+            WorkerError: a rank is not done in the time that a call may take.
+        """
+        writing = [i for i, done in enumerate(self._group.call_all("save_finished")) if not done]
+        if writing and time.monotonic() - self._saves_since > self._group.timeout_s:
+            raise self._group.give_up(writing, "save")
+        return not writing
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors by Hugging Face name, on the CPU, one after the other."""

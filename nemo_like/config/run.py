@@ -145,7 +145,12 @@ class ClusterConfig(Node):
     cpu_threads_per_worker: Positive = 1
     """CPU threads of each worker, with or without a GPU."""
     worker_timeout_s: PositiveFloat = 1800.0
-    """A call that takes longer than this counts as a hang and ends the run."""
+    """A call that takes longer than this (a start: 1800 s at least) is a hang, and ends the run."""
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """A little more: the driver gives up first, as it can say who is missing, and where."""
+        return self.worker_timeout_s + 60.0
 
     @property
     def world_size(self) -> int | None:

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,8 @@ from nemo_like.types import Rollout
 
 _WORKER = "nemo_like.environments.reward_worker"
 _START_S = 120.0
+_END_S = 10.0
+"""How long a process that was killed, or has closed its pipe, may take to be gone."""
 _SHOWN = 200
 """Characters of a prompt and of an answer in a report."""
 
@@ -167,9 +170,9 @@ class _Process:
             if problem:
                 raise WorkerError(f"the process of the reward {self._reward}, once lost: {problem}")
         assert self._process and self._process.stdin
+        deadline = time.monotonic() + self._timeout_s
         with suppress(BrokenPipeError):  # then it is dead, and there is no reply
-            self._process.stdin.write(json.dumps(sample).encode() + b"\n")
-            self._process.stdin.flush()
+            _send(self._process.stdin.fileno(), json.dumps(sample).encode() + b"\n", deadline)
         return self._reply(self._timeout_s)
 
     def _reply(self, timeout_s: float) -> tuple[float | None, str]:
@@ -183,16 +186,38 @@ class _Process:
             reward, problem = json.loads(line)
             return reward, problem
         if is_there:
-            problem = f"took its process along (exit status {self._process.wait()})"
+            problem = f"took its process along ({self._exit_status()})"
         else:
             problem = f"took more than {timeout_s:g} s"
         self.close()
         return None, problem
 
+    def _exit_status(self) -> str:
+        assert self._process
+        try:
+            return f"exit status {self._process.wait(_END_S)}"
+        except subprocess.TimeoutExpired:
+            return "it closed its pipe, and lives on"
+
     def close(self) -> None:
         """End it, and what it started."""
-        if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.communicate()
-            self._process = None
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for pipe in (process.stdin, process.stdout):
+            # Not read to its end: what left the process group may hold the other end open.
+            assert pipe
+            pipe.close()
+        with suppress(subprocess.TimeoutExpired):  # the kernel has it, and will end it
+            process.wait(_END_S)
+
+
+def _send(pipe: int, data: bytes, deadline: float) -> None:
+    """Write to a pipe; what a process has not taken by the deadline it never gets."""
+    os.set_blocking(pipe, False)
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    while data and poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        data = data[os.write(pipe, data) :]

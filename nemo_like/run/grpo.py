@@ -200,6 +200,7 @@ def _machines(tree: GRPOTree, session: Session) -> Any:
         keep_reference=tree.loss_fn.needs_reference,
         temperature=policy.generation.temperature,
         updates_per_step=tree.updates_per_step,
+        collective_timeout_s=tree.cluster.collective_timeout_s,
     )
     return machines(
         policy,

@@ -78,6 +78,7 @@ def _machines(tree: SFTTree, session: Session) -> Any:
         skip_budget=sft.skip_non_finite_steps,
         asynchronous_save=tree.checkpointing.is_async,
         convert_optimizer=tree.checkpointing.optimizer_state == "convert",
+        collective_timeout_s=tree.cluster.collective_timeout_s,
     )
     logprob = Batching.for_logprobs(policy, sft.val_micro_batch_size)
     return machines(

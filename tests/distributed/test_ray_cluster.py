@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -318,3 +319,12 @@ def test_weights_are_exported_whole_in_order_and_in_bounded_chunks(policy):
     assert [(name, float(t[0])) for name, t in exported] == [(f"w{i}", float(i)) for i in range(5)]
     assert all(t.dtype == torch.bfloat16 for _, t in exported)
     assert len(list(policy._group.stream("export_weights", chunk_bytes=16))) == 3
+
+
+def test_a_save_in_the_background_that_does_not_end_in_time_is_a_hang(policy, monkeypatch):
+    policy.save(Path("step_3"))
+    assert not policy.save_finished()
+    late = SimpleNamespace(monotonic=lambda: time.monotonic() + 61)
+    monkeypatch.setattr("nemo_like.cluster.policy.time", late)
+    with pytest.raises(WorkerError, match=r"no answer to save within .* policy rank 0 of 4 \(node"):
+        policy.save_finished()

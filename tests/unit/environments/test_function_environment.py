@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,12 @@ def misbehave(prompt, answer, expected):
         bytearray(1 << 30)
     if "read" in answer:
         return len(sys.stdin.read())
+    if "fork" in answer and os.fork() == 0:
+        os.setsid()
+        time.sleep(4)
+        os._exit(0)
+    if "fork" in answer:
+        time.sleep(60)
     values = {"nan": float("nan"), "inf": float("inf"), "none": None, "list": [1.0], "true": True}
     return values[answer] if answer in values else float(answer == expected)
 
@@ -128,6 +135,20 @@ def test_a_reward_that_hangs_costs_its_limit_and_the_others_nothing(make):
     assert rewards == [1.0, 0.0, 1.0]
     assert time.monotonic() - start < 5
     assert "took more than 0.3 s" in make.said[0]
+
+
+def test_what_a_hanging_reward_leaves_behind_with_its_pipe_is_not_waited_for(make):
+    environment = make(failure_reward=0.0, timeout_s=0.3)
+    start = time.monotonic()
+    assert environment.score([rollout("fork")]) == [0.0]
+    assert time.monotonic() - start < 3
+
+
+def test_a_process_that_takes_no_sample_costs_its_limit(make):
+    environment = make(failure_reward=0.0, timeout_s=0.3)
+    os.kill(environment._processes[0]._process.pid, signal.SIGSTOP)
+    prompt = "more than a pipe holds" * 10_000
+    assert environment.score([rollout("yes", prompt=prompt), rollout("yes")]) == [0.0, 1.0]
 
 
 def test_what_a_hanging_reward_started_ends_with_it(make, folder):
