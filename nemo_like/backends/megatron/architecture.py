@@ -1,0 +1,284 @@
+"""From a Hugging Face configuration and the policy's to megatron-core's: honoured, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nemo_like.config.policy import PolicyConfig
+from nemo_like.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+OVERRIDABLE = ("moe_aux_loss_coeff", "moe_z_loss_coeff")
+"""Fields of TransformerConfig that are neither the model's nor this backend's to decide."""
+FROM_HF = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "layernorm_epsilon": "rms_norm_eps",
+}
+MOE_FROM_HF = {
+    "num_moe_experts": "num_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+}
+
+
+def head_dim(hf_config: Any) -> int:
+    """The width of one attention head."""
+    stated = hf_config.to_dict().get("head_dim")
+    return stated or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def moe_layers(hf_config: Any) -> list[bool]:
+    """For every layer of the model, whether it is a mixture of experts."""
+    if hf_config.model_type != "qwen3_moe":
+        return [False] * hf_config.num_hidden_layers
+    step, dense = hf_config.decoder_sparse_step, hf_config.mlp_only_layers
+    return [i not in dense and (i + 1) % step == 0 for i in range(hf_config.num_hidden_layers)]
+
+
+def inverse_frequencies(hf_config: Any) -> Tensor:
+    """Radians per token of each pair of a head's dimensions. Shapes: [C / 2], fp32.
+
+    Raises:
+        ConfigError: a kind of rotary embedding that also scales attention or changes with length.
+    """
+    parameters = hf_config.rope_parameters
+    kind, part = parameters["rope_type"], parameters.get("partial_rotary_factor", 1)
+    if kind not in ("default", "linear", "llama3") or part != 1:
+        raise ConfigError(
+            f"policy.model_name: rotary embedding {parameters} is not supported by the Megatron "
+            "backend; supported: rope_type default, linear and llama3, of whole heads"
+        )
+    if kind == "default":
+        width = head_dim(hf_config)
+        exponents = torch.arange(0, width, 2, dtype=torch.float) / width
+        return 1.0 / parameters["rope_theta"] ** exponents
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    return frequencies
+
+
+def transformer_config(policy: PolicyConfig, hf_config: Any) -> TransformerConfig:
+    """The whole configuration of a stage's model.
+
+    Raises:
+        ConfigError: what the model or the policy asks for is not here, or does not fit the layout.
+    """
+    from megatron.core.transformer import TransformerConfig
+
+    for key, reason in (*_model_refusals(hf_config), *_policy_refusals(policy, hf_config)):
+        raise ConfigError(f"{key}: {reason}")
+    fields = _model_fields(hf_config) | _layout_fields(policy)
+    if hf_config.model_type == "qwen3_moe":
+        fields |= _moe_fields(policy, hf_config)
+    try:
+        return TransformerConfig(**fields | policy.megatron_cfg.model_overrides)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"policy.megatron_cfg: megatron-core refuses this: {error}") from error
+
+
+def _model_refusals(hf_config: Any) -> Iterator[tuple[str, str]]:
+    model = hf_config.to_dict()
+    if hf_config.model_type not in FAMILIES:
+        yield (
+            "policy.model_name",
+            f"model type {hf_config.model_type!r} is not supported by the Megatron backend; "
+            f"supported: {', '.join(FAMILIES)}",
+        )
+    for name, only in (
+        ("hidden_act", "silu"),
+        ("attention_dropout", 0.0),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("use_sliding_window", False),
+    ):
+        if (found := model.get(name, only)) != only:
+            yield (
+                f"policy.hf_config_overrides.{name}",
+                f"the model has {found!r}, and the Megatron backend only {only!r}",
+            )
+
+
+def _policy_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str, str]]:
+    config, block = policy.megatron_cfg, "policy.megatron_cfg."
+    for name, reason in (
+        ("apply_rope_fusion", "the fused kernel is TransformerEngine's, which is not used here"),
+        ("moe_permute_fusion", "the fused kernel is TransformerEngine's, which is not used here"),
+        ("gradient_accumulation_fusion", "the fused kernel is apex's, which is not used here"),
+        ("moe_shared_expert_overlap", "none of the supported models has shared experts"),
+        (
+            "moe_router_bias_update_rate",
+            "the bias needs routers with sigmoid scores",
+        ),
+    ):
+        if getattr(config, name):
+            yield f"{block}{name}", f"found {getattr(config, name)}: {reason}; leave it out"
+    for name in config.model_overrides:
+        if name not in OVERRIDABLE:
+            yield (
+                f"{block}model_overrides.{name}",
+                "not a field that can be replaced; those are "
+                f"{', '.join(OVERRIDABLE)}. The model's shape is policy.hf_config_overrides",
+            )
+    if config.pipeline_dtype not in (None, policy.precision):
+        yield (
+            f"{block}pipeline_dtype",
+            f"found {config.pipeline_dtype}: stages exchange what they compute in, "
+            f"policy.precision={policy.precision}",
+        )
+    yield from _layout_refusals(policy, hf_config)
+    if hf_config.model_type == "qwen3_moe":
+        yield from _moe_refusals(policy, hf_config)
+    elif config.expert_model_parallel_size > 1:
+        yield (
+            f"{block}expert_model_parallel_size",
+            f"{hf_config.model_type} has no experts; set it to 1",
+        )
+
+
+def _layout_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str, str]]:
+    config, block = policy.megatron_cfg, "policy.megatron_cfg."
+    tp, groups = config.tensor_model_parallel_size, hf_config.num_key_value_heads
+    for name in ("num_attention_heads", "intermediate_size"):
+        if getattr(hf_config, name) % tp:
+            yield (
+                f"{block}tensor_model_parallel_size",
+                f"{tp} does not divide the model's {name}={getattr(hf_config, name)}",
+            )
+    if groups % tp and tp % groups:
+        yield (
+            f"{block}tensor_model_parallel_size",
+            f"{tp} and the model's num_key_value_heads={groups}: one must divide the other",
+        )
+    pp, layers = config.pipeline_model_parallel_size, hf_config.num_hidden_layers
+    ends = (config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage)
+    given = [end for end in ends if end is not None]
+    left, stages = layers - sum(given), pp - len(given)
+    if left < stages or (left % stages if stages else left):
+        yield (
+            f"{block}pipeline_model_parallel_size",
+            f"{layers} layers can not be shared by {pp} stages with "
+            f"num_layers_in_first_pipeline_stage={ends[0]} and "
+            f"num_layers_in_last_pipeline_stage={ends[1]}: the other stages have equal parts",
+        )
+
+
+def _moe_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str, str]]:
+    config, block = policy.megatron_cfg, "policy.megatron_cfg."
+    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+        yield (
+            f"{block}sequence_parallel",
+            "experts under tensor parallelism need sequence_parallel=true",
+        )
+    if hf_config.num_experts % config.expert_model_parallel_size:
+        yield (
+            f"{block}expert_model_parallel_size",
+            f"{config.expert_model_parallel_size} does not divide num_experts="
+            f"{hf_config.num_experts}",
+        )
+    if hf_config.moe_intermediate_size % config.expert_tensor_parallel_size:
+        yield (
+            f"{block}expert_tensor_parallel_size",
+            f"{config.expert_tensor_parallel_size} does not divide moe_intermediate_size="
+            f"{hf_config.moe_intermediate_size}",
+        )
+    if config.moe_router_load_balancing_type == "sinkhorn":
+        yield (
+            f"{block}moe_router_load_balancing_type",
+            "sinkhorn routes otherwise in training than without gradient, so log-probabilities "
+            "would not agree; use aux_loss, seq_aux_loss or none",
+        )
+    replica = config.tensor_model_parallel_size * config.context_parallel_size
+    sharing = config.expert_model_parallel_size * config.expert_tensor_parallel_size
+    if config.moe_token_dispatcher_type == "allgather" and (
+        config.pipeline_model_parallel_size > 1 or replica % sharing
+    ):
+        yield (
+            f"{block}moe_token_dispatcher_type",
+            "allgather needs as many tokens on all ranks that share experts, and replicas and "
+            "stages have rows of various lengths; use alltoall",
+        )
+
+
+def _model_fields(hf_config: Any) -> dict[str, Any]:
+    fields = {ours: getattr(hf_config, theirs) for ours, theirs in FROM_HF.items()}
+    return fields | {
+        "kv_channels": head_dim(hf_config),
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": hf_config.model_type == "qwen2",
+        "qk_layernorm": hf_config.model_type.startswith("qwen3"),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _layout_fields(policy: PolicyConfig) -> dict[str, Any]:
+    config, dtype = policy.megatron_cfg, DTYPES[policy.precision]
+    pp = config.pipeline_model_parallel_size
+    fields = {
+        name: getattr(config, name)
+        for name in (
+            *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+            *("context_parallel_size", "expert_model_parallel_size"),
+            *("expert_tensor_parallel_size", "sequence_parallel", "bias_activation_fusion"),
+            *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
+        )
+    }
+    fields |= {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "perform_initialization": False,  # weights are loaded, also a newborn model's
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        # Gradients are summed over ranks: losses are divided by global counts already.
+        "calculate_per_token_loss": True,
+        "variable_seq_lengths": pp > 1,
+        "deallocate_pipeline_outputs": pp > 1,
+        # What megatron-core requires of any model whose rows vary in length; others ignore it.
+        "moe_token_dispatcher_type": "alltoall",
+    }
+    if config.activation_checkpointing and config.recompute_granularity == "full":
+        fields |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif config.activation_checkpointing:
+        modules = config.recompute_modules
+        fields |= {
+            "recompute_granularity": "selective",
+            "recompute_modules": None if modules is None else list(modules),
+        }
+    return fields
+
+
+def _moe_fields(policy: PolicyConfig, hf_config: Any) -> dict[str, Any]:
+    config = policy.megatron_cfg
+    balancing = config.moe_router_load_balancing_type
+    return {ours: getattr(hf_config, theirs) for ours, theirs in MOE_FROM_HF.items()} | {
+        # Softmax over the chosen experts is softmax over all, brought to a sum of one.
+        "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+        "moe_router_dtype": config.moe_router_dtype,
+        "moe_router_load_balancing_type": balancing,
+        "moe_aux_loss_coeff": 0.0 if balancing == "none" else hf_config.router_aux_loss_coef,
+        "moe_token_dispatcher_type": config.moe_token_dispatcher_type,
+        "moe_grouped_gemm": False,
+    }
