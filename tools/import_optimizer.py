@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from nemo_like.backends.dtensor.model import load_hf_config, named_parameters, new_hf_model
+from nemo_like.backends.dtensor.model import named_parameters
+from nemo_like.backends.hf_models import load_hf_config, new_hf_model
 from nemo_like.checkpoint import rng
 from nemo_like.checkpoint.checkpoints import Checkpoints, RunIdentity
 from nemo_like.checkpoint.hf_import import read_hf
@@ -67,7 +68,7 @@ def make_checkpoint(
     weights: Path, states: Sequence[tuple[Path, Path | None]], *, out: Path
 ) -> Path:
     """The folder of a checkpoint of step 0, in which no data have been read yet."""
-    config = load_hf_config(weights, {})
+    config = load_hf_config(weights, {}, backend_key="dtensor_cfg")
     parameters = named_parameters(new_hf_model(config, device="meta"))
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     tree, owners = _read_states(states, shapes)

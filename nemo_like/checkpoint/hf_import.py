@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,42 @@ _COMPUTED = (".rotary_emb.inv_freq",)
 """Suffixes of buffers that old exports contain and models compute themselves."""
 
 
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor in an open file; only what a slice asks for is read."""
+
+    name: str
+    file: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole."""
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
+        part: Tensor = self.file.get_slice(self.name)[box]
+        return part
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        tensor: Tensor = self.file.get_tensor(self.name)
+        return tensor
+
+
 def read_hf(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], *, tied: bool
 ) -> Iterator[tuple[str, Tensor]]:
+    """The weights in `folder`, one after the other: the whole tensors of `read_hf_lazily`."""
+    for name, tensor in read_hf_lazily(folder, shapes, tied=tied):
+        yield name, tensor.whole()
+
+
+def read_hf_lazily(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], *, tied: bool
+) -> Iterator[tuple[str, FileTensor]]:
     """The weights in `folder`, one after the other, in the dtype of the file, on the CPU.
 
+    A tensor can be read until the next one is taken.
     `shapes` are the tensors that the model has, by Hugging Face name. With `tied`, aliases
     (`lm_head.weight`) may be absent from `shapes` and from the folder; they are never yielded.
 
@@ -50,7 +82,7 @@ def read_hf(
         for path, file in files.items():
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 if name in shapes and name not in aliases and file_of[name] == path:
-                    yield name, file.get_tensor(name)
+                    yield name, FileTensor(name, file)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -50,13 +50,15 @@ class EngineFactory:
     def __call__(self) -> Any:
         """An engine without weights yet; the reference engine, where none is asked for."""
         from nemo_like.assets import model_folder
-        from nemo_like.backends.dtensor.model import load_hf_config
+        from nemo_like.backends.hf_models import load_hf_config
         from nemo_like.data.tokenizer import load_tokenizer
 
         policy = self.policy
         tokenizer = load_tokenizer(policy.tokenizer, policy.model_name)
         folder = model_folder(policy.model_name, with_weights=False)
-        config = load_hf_config(folder, policy.hf_config_overrides).to_dict()
+        config = load_hf_config(
+            folder, policy.hf_config_overrides, backend_key=policy.backend_key
+        ).to_dict()
 
         def decode(ids: Sequence[int]) -> str:
             return str(tokenizer.decode(list(ids), skip_special_tokens=True))

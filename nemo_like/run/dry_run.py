@@ -64,11 +64,12 @@ def vars_of(row: Owner) -> dict[str, object]:
 
 def planned_routing(policy: PolicyConfig) -> Routing:
     """The routing that training would use, of a model without memory; needs no weights."""
-    from nemo_like.backends.dtensor.model import load_hf_config, named_parameters, new_hf_model
+    from nemo_like.backends.dtensor.model import named_parameters
+    from nemo_like.backends.hf_models import load_hf_config, new_hf_model
     from nemo_like.optim.build import build_optimizer
 
     folder = model_folder(policy.model_name, with_weights=False)
-    hf_config = load_hf_config(folder, policy.hf_config_overrides)
+    hf_config = load_hf_config(folder, policy.hf_config_overrides, backend_key=policy.backend_key)
     model = new_hf_model(hf_config, device="meta")
     _, routing = build_optimizer(
         named_parameters(model),

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from nemo_like.backends.dtensor.factory import DTensorFactory  # noqa: E402
-from nemo_like.backends.dtensor.model import new_hf_model, random_weights  # noqa: E402
+from nemo_like.backends.hf_models import new_hf_model, random_weights  # noqa: E402
 from nemo_like.backends.settings import BackendSettings  # noqa: E402
 from nemo_like.config.policy import PolicyConfig  # noqa: E402
 from nemo_like.data.batching import Batching  # noqa: E402

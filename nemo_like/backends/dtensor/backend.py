@@ -17,9 +17,15 @@ from nemo_like.assets import model_folder
 from nemo_like.backends.base import RankBackend
 from nemo_like.backends.dtensor import model as models
 from nemo_like.backends.dtensor.parallelize import build_mesh, shard_parameters, tensor_parallel
+from nemo_like.backends.hf_models import (
+    Sliceable,
+    load_hf_config,
+    new_hf_model,
+    random_weights,
+)
 from nemo_like.backends.settings import BackendSettings
 from nemo_like.checkpoint import rng
-from nemo_like.checkpoint.hf_import import read_hf
+from nemo_like.checkpoint.hf_import import read_hf_lazily
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
 from nemo_like.ops.packing import rows_of
@@ -158,8 +164,8 @@ def _build_model(
     config = policy.dtensor_cfg
     is_random = policy.init == "random"
     folder = model_folder(policy.model_name, with_weights=not is_random)
-    hf_config = models.load_hf_config(folder, policy.hf_config_overrides)
-    hf = models.new_hf_model(hf_config, device="meta")
+    hf_config = load_hf_config(folder, policy.hf_config_overrides, backend_key=policy.backend_key)
+    hf = new_hf_model(hf_config, device="meta")
     if config.activation_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     if config.tensor_parallel_size > 1:
@@ -174,14 +180,11 @@ def _build_model(
         model, mesh, compute_dtype=DTYPES[policy.precision], cpu_offload=config.cpu_offload
     )
     models.materialize(model, torch.device("cpu") if config.cpu_offload else device)
-    weights = (
-        models.random_weights(hf_config, settings.seed)
+    shapes = {name: tuple(p.shape) for name, p in models.named_parameters(model)}
+    weights: Iterator[tuple[str, Sliceable]] = (
+        random_weights(hf_config, settings.seed)
         if is_random
-        else read_hf(
-            folder,
-            {name: tuple(p.shape) for name, p in models.named_parameters(model)},
-            tied=hf_config.tie_word_embeddings,
-        )
+        else read_hf_lazily(folder, shapes, tied=hf_config.tie_word_embeddings)
     )
     models.load_weights(model, weights)
     return model

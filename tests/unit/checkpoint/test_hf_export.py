@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from nemo_like.checkpoint.hf_export import INDEX, write_hf
-from nemo_like.checkpoint.hf_import import read_hf
+from nemo_like.checkpoint.hf_import import read_hf, read_hf_lazily
 from nemo_like.errors import CheckpointError
 
 
@@ -35,6 +35,19 @@ def export(model, folder, **options):
         folder, model.state_dict().items(), config=model.config.to_dict(), tokenizer=None, **options
     )
     return folder
+
+
+def test_a_box_of_a_tensor_is_read_without_the_rest(tmp_path):
+    tensors = {"matrix": torch.arange(12.0).reshape(4, 3), "vector": torch.arange(5).bfloat16()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    boxes = {
+        "matrix": [(slice(1, 3), slice(0, 2)), (slice(4, 4), slice(0, 3))],
+        "vector": [(slice(2, 5),), (slice(5, 5),)],
+    }
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    for name, stored in read_hf_lazily(tmp_path, shapes, tied=False):
+        assert stored.shape == shapes[name]
+        assert all(torch.equal(stored[box], tensors[name][box]) for box in boxes[name])
 
 
 def shapes_of(model):

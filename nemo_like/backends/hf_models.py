@@ -1,0 +1,132 @@
+"""The models of both backends, as transformers describe them: configuration, newborn weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_like.checkpoint.files import read_json
+from nemo_like.checkpoint.hf_export import TIED
+from nemo_like.errors import CheckpointError, ConfigError
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+"""The class of each family, by the `model_type` of config.json."""
+
+FAMILIES = {
+    "dtensor_cfg": ("llama", "qwen2", "qwen3"),
+    "megatron_cfg": ("llama", "qwen2", "qwen3", "qwen3_moe"),
+}
+"""The families that each backend trains, by its block under `policy`."""
+
+
+class Sliceable(Protocol):
+    """A whole tensor, or one that is read where it is sliced."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole."""
+        ...
+
+    def __getitem__(self, box: tuple[slice, ...], /) -> Tensor:
+        """One slice for each dimension, without steps."""
+        ...
+
+
+def load_hf_config(folder: Path, overrides: Mapping[str, Any], *, backend_key: str) -> Any:
+    """The model's configuration with some fields replaced; code that comes with it is not executed.
+
+    Raises:
+        ConfigError: another family, or an override of a field that the configuration does not have.
+    """
+    import transformers
+
+    raw = read_json(folder / "config.json")
+    supported = FAMILIES[backend_key]
+    if raw.get("model_type") not in supported:
+        raise ConfigError(
+            f"policy.model_name: model type {raw.get('model_type')!r} is not supported with "
+            f"policy.{backend_key}.enabled=true; supported: {', '.join(supported)}"
+        )
+    config_class = getattr(transformers, CLASSES[raw["model_type"]]).config_class
+    known = config_class.from_dict(raw).to_dict()
+    if unknown := sorted(overrides.keys() - known.keys()):
+        raise ConfigError(
+            f"policy.hf_config_overrides.{unknown[0]}: no such field in {folder / 'config.json'}; "
+            f"fields: {', '.join(sorted(known))}"
+        )
+    if "num_hidden_layers" in overrides:
+        raw.pop("layer_types", None)  # one entry per layer, which the class works out again
+    return config_class.from_dict(raw | dict(overrides))
+
+
+def new_hf_model(hf_config: Any, *, device: str) -> Any:
+    """A model of one of the supported families in fp32; on `meta` it has no memory yet."""
+    import transformers
+
+    family = getattr(transformers, CLASSES[hf_config.model_type])
+    hf_config._attn_implementation = "sdpa"
+    with torch.device(device):
+        model = family(hf_config).float()
+    model.tie_weights()
+    return model
+
+
+def random_weights(hf_config: Any, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """A newborn model's weights, from configuration and seed alone, whatever backend and layout.
+
+    Names are those of checkpoints on the hub; tied weights come once.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = new_hf_model(hf_config, device="cpu")
+    for name, parameter in model.named_parameters():
+        yield from _as_on_the_hub(name, parameter.detach())
+
+
+def _as_on_the_hub(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A weight as checkpoints have it: experts apart, which transformers hold in one tensor."""
+    layer, _, kind = name.partition(".experts.")
+    for number, expert in enumerate(weight if kind else ()):
+        if kind == "gate_up_proj":
+            gate, up = expert.chunk(2)
+            yield f"{layer}.experts.{number}.gate_proj.weight", gate
+            yield f"{layer}.experts.{number}.up_proj.weight", up
+        else:
+            yield f"{layer}.experts.{number}.{kind}.weight", expert
+    if not kind:
+        yield name, weight
+
+
+def fitting(
+    weights: Iterable[tuple[str, Sliceable]], shapes: Mapping[str, tuple[int, ...]], *, tied: bool
+) -> Iterator[tuple[str, Sliceable]]:
+    """The weights, one after the other, that a model of these names and shapes has to be given.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, or of another shape.
+    """
+    missing = dict(shapes)
+    for name, weight in weights:
+        if tied and name in TIED:
+            continue
+        expected = missing.pop(name, None)
+        if expected is None:
+            raise CheckpointError(
+                f"the weights hold {name!r}, which the model does not have (or twice)"
+            )
+        if tuple(weight.shape) != tuple(expected):
+            raise CheckpointError(
+                f"{name!r} has shape {tuple(weight.shape)}; the model expects {tuple(expected)}"
+            )
+        yield name, weight
+    if missing:
+        raise CheckpointError(f"the weights lack {', '.join(sorted(missing))}")
