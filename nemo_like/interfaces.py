@@ -194,6 +194,10 @@ class Journal(Protocol):
         """Time spent inside is booked under this name."""
         ...
 
+    def beside(self, name: str, seconds: float) -> None:
+        """Book seconds of work that went on while the step did something else."""
+        ...
+
     def record(self, step: int, batch: TrainBatch, stats: StepStats) -> None:
         """Book a training step."""
         ...

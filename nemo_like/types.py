@@ -99,6 +99,19 @@ class Drawn:
     metrics: Metrics = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class DrawnAhead:
+    """What a run holds for a later step; `groups` is None where its prompts alone are chosen.
+
+    `weights_step` is the number of steps that the weights had been trained for that drew.
+    """
+
+    step: int
+    weights_step: int
+    prompts: tuple[Prompt, ...]
+    groups: tuple[Group, ...] | None
+
+
 def sample_numbers(prompts: Sequence[Prompt]) -> list[int]:
     """How often the prompt at each place was in the list before that place.
 

@@ -126,6 +126,9 @@ class FakeJournal:
     def phase(self, name):
         return nullcontext()
 
+    def beside(self, name, seconds):
+        pass
+
     def record(self, step, batch, stats):
         self.events.append(("train", step, stats.metrics["loss"].value))
         self.metrics = {name: metric.value for name, metric in stats.metrics.items()}

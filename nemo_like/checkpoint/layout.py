@@ -9,6 +9,7 @@
     data.json              position in the data
     model/ optimizer/      torch.distributed.checkpoint
     rng/rank_0.json ...    random number generators, one file per rank
+    rollouts/step_21.json  rollouts that were drawn ahead for later steps, if any
     hf/                    weights that `transformers` loads (if asked for)
   tmp_step_30/             a save that is running, or that was killed
   .lock                    held by the run that writes here
@@ -27,6 +28,7 @@ DATA = "data.json"
 MODEL = "model"
 OPTIMIZER = "optimizer"
 RNG = "rng"
+ROLLOUTS = "rollouts"
 HF = "hf"
 LOCK = ".lock"
 

@@ -67,12 +67,12 @@ class AdvEstimatorConfig(Node):
 
 
 class AsyncGRPOConfig(Node):
-    """Rollouts of the next step while this one trains."""
+    """Rollouts of later steps are drawn while a step trains."""
 
     enabled: bool = False
     """Run ahead."""
     max_trajectory_age_steps: Positive = 1
-    """Steps that the weights may be ahead of those that a rollout was drawn with."""
+    """Most steps the policy is ahead of the weights that drew; engines take weights as often."""
 
 
 class GRPOConfig(StepsConfig):
@@ -150,7 +150,8 @@ class GRPOConfig(StepsConfig):
         if self.async_grpo.enabled and self.use_dynamic_sampling:
             yield Conflict(
                 ("async_grpo.enabled", "use_dynamic_sampling"),
-                "how many groups to draw is known only while a step is collected",
+                "how many prompts a step takes is known only once its rewards are, and those of the "
+                "next are chosen before",
             )
 
     def _group_conflicts(self) -> Iterator[Conflict]:

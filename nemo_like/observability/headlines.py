@@ -24,6 +24,7 @@ HEADLINES = (
     Headline("validation/val_loss", "held-out loss", "{:.4f}"),
     Headline("validation/accuracy", "held-out accuracy", "{:.1%}"),
     Headline("train/reward", "reward", "{:.3f}"),
+    Headline("train/rollout_age_steps", "age", "{:.0f}", is_result=False),
     Headline("train/grad_norm", "grad norm", "{:.3g}", is_result=False),
     Headline("train/lr", "lr", "{:.2e}", is_result=False),
     Headline("performance/tokens_per_s", "tokens/s", "{:,.0f}"),

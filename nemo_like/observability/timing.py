@@ -93,6 +93,7 @@ class StepClock:
         self._now = now
         self._started = self._mark = now()
         self._seconds: dict[str, float] = {}
+        self._beside: dict[str, float] = {}
         self._open: list[str] = []
         self._walls: deque[float] = deque(maxlen=_ETA_WINDOW)
 
@@ -107,6 +108,10 @@ class StepClock:
             self._book()
             self._open.pop()
 
+    def beside(self, name: str, seconds: float) -> None:
+        """Seconds of work that went on meanwhile, which are no part of the step's wall time."""
+        self._beside[name] = self._beside.get(name, 0.0) + seconds
+
     def finish(
         self,
         step: int,
@@ -116,6 +121,8 @@ class StepClock:
     ) -> dict[str, float]:
         """End the step: its seconds by phase (`timing/...`), and its speed (`performance/...`).
 
+        Work that went on beside it is `performance/<name>_hidden_s`.
+
         `nested` refines phases of this clock by seconds that workers measured inside them; they
         appear as `timing/train/forward`, and `timing/train` keeps the rest. Seconds that do not fit
         into the phase, as when clocks of two machines differ, are scaled down to it: the sum is the
@@ -124,6 +131,7 @@ class StepClock:
         assert not self._open, f"finish() inside phase {self._open[-1]!r}"
         self._book()
         seconds, self._seconds = self._seconds, {}
+        beside, self._beside = self._beside, {}
         wall_s = self._mark - self._started
         self._started = self._mark
         self._walls.append(wall_s)
@@ -132,6 +140,7 @@ class StepClock:
         for outer, inner in (nested or {}).items():
             seconds |= _refine(outer, inner, seconds)
         values = {f"timing/{name}": value for name, value in seconds.items()}
+        values |= {f"performance/{name}_hidden_s": value for name, value in beside.items()}
         return values | {"performance/wall_s": wall_s} | self._speed(step, step_s, num_tokens)
 
     def _speed(self, step: int, step_s: float, num_tokens: float) -> dict[str, float]:

@@ -15,7 +15,6 @@ from nemo_like.algorithms.evaluate import Evaluation, evaluate
 from nemo_like.backends.settings import BackendSettings
 from nemo_like.checkpoint import layout
 from nemo_like.config.command_line import parse
-from nemo_like.config.generation import MismatchConfig
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.sft import SFTTree
 from nemo_like.data.batching import Batching
@@ -23,18 +22,18 @@ from nemo_like.data.chat import ChatEncoder
 from nemo_like.data.datasets import Limits, PromptSource, load_prompts
 from nemo_like.data.loader import Loader
 from nemo_like.data.tokenizer import load_tokenizer
-from nemo_like.errors import ConfigError, DataError, MismatchError, NemoLikeError
+from nemo_like.errors import ConfigError, DataError, NemoLikeError
 from nemo_like.interfaces import Environment, Generator, WeightSource
 from nemo_like.losses.clipped_pg import ClippedPG
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Answer
-from nemo_like.rollout.source import Drawing, RolloutsOnTime
 from nemo_like.run.build import Batchings, machines, policy_factory
 from nemo_like.run.environments import build_environments
+from nemo_like.run.rollouts import agreement_check, build_rollouts, sampling_of
 from nemo_like.run.session import Session, read_model_config
 from nemo_like.run.sft import run_sft
 from nemo_like.run.vllm_flavour import ensure_vllm, flavour_of_machine
-from nemo_like.types import Metric, Metrics, Prompt, SamplingParams, StepStats
+from nemo_like.types import Metric, Metrics, Prompt, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,6 @@ def _refuse_unbuilt(tree: GRPOTree) -> None:
         raise ConfigError(
             f"grpo.max_rollout_turns={tree.grpo.max_rollout_turns}: this version draws one answer "
             "per rollout; set it to 1"
-        )
-    if tree.grpo.async_grpo.enabled:
-        raise ConfigError(
-            "grpo.async_grpo.enabled=true: this version draws the rollouts of a step before it "
-            "trains on them; set it to false"
         )
 
 
@@ -166,23 +160,39 @@ def _train(tree: GRPOTree, session: Session, stack: ExitStack) -> int:
         session.say(data.warning)
     total_steps = num_steps(tree, data.loader)
     facts = world.policy.begin(total_steps)
+    assert world.generator is not None
+    rollouts = build_rollouts(
+        tree,
+        world.policy,
+        world.generator,
+        environment,
+        data.loader,
+        sampling_of(tree, data.tokenizer),
+        stack,
+    )
     journal = session.open_journal(
         world.policy,
         facts,
         stack,
         tokenizer=data.tokenizer,
         data=data.loader,
+        beside=rollouts,
         total_steps=total_steps,
         tokens_per_sequence=data.tokens_per_prompt + tree.policy.max_new_tokens / 2,
     )
-    assert world.generator is not None
+    validate = validator(tree, world.policy, world.generator, environment, data, session)
+
+    def validate_apart(step: int) -> Metrics:
+        rollouts.settle()  # a validation has the engines to itself
+        return validate(step)
+
     page = dapo if tree.grpo.is_dapo else grpo
     page.train(
         world.policy,
-        RolloutsOnTime(_drawing(tree, world.generator, environment, data), world.policy),
-        validator(tree, world.policy, world.generator, environment, data, session),
+        rollouts.source,
+        validate_apart,
         journal,
-        lambda step, stats: _check_agreement(step, stats, tree.policy.generation.mismatch, session),
+        agreement_check(tree.policy.generation.mismatch, rollouts.agreement, session.say),
         grpo=_with_response_length(tree),
         loss=ClippedPG(tree.loss_fn),
         num_updates=tree.updates_per_step,
@@ -275,63 +285,12 @@ def num_steps(tree: GRPOTree, loader: Loader[Prompt]) -> int:
     return min(grpo_config.max_num_steps, in_epochs)
 
 
-def _drawing(
-    tree: GRPOTree, generator: Generator, environment: Environment, data: RolloutData
-) -> Drawing:
-    return Drawing(
-        data.loader,
-        generator,
-        environment,
-        _sampling(tree, data.tokenizer),
-        num_prompts=round(tree.grpo.num_prompts_per_step * tree.grpo.batch_multiplier),
-        num_samples=tree.grpo.num_generations_per_prompt,
-    )
-
-
-def _sampling(tree: GRPOTree, tokenizer: Any) -> SamplingParams:
-    generation = tree.policy.generation
-    stops = generation.stop_token_ids
-    return SamplingParams(
-        max_new_tokens=tree.policy.max_new_tokens,
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        top_k=generation.top_k,
-        stop_token_ids=(tokenizer.eos_token_id,) if stops is None else stops,
-        stop_strings=generation.stop_strings,
-        seed=tree.grpo.seed,
-    )
-
-
 def _with_response_length(tree: GRPOTree) -> Any:
     """The algorithm's block, with the length at which a response has its full penalty."""
     shaping = tree.grpo.reward_shaping
     longest = shaping.max_response_length or tree.policy.max_new_tokens
     shaping = shaping.model_copy(update={"max_response_length": longest})
     return tree.grpo.model_copy(update={"reward_shaping": shaping})
-
-
-def _check_agreement(step: int, stats: StepStats, bound: MismatchConfig, session: Session) -> None:
-    """Nothing, if engine and policy give the same tokens about the same probability.
-
-    Raises:
-        MismatchError: they do not, and `mismatch.action` is `stop`.
-    """
-    found = stats.metrics["token_mult_prob_error"].value
-    if found <= bound.max_token_mult_prob_error:
-        return
-    text = (
-        f"step {step}: engine and policy differ by a factor of {found:.4f} per token, expected at "
-        f"most {bound.max_token_mult_prob_error} "
-        "(policy.generation.mismatch.max_token_mult_prob_error)"
-    )
-    if bound.action == "stop":
-        raise MismatchError(
-            f"{text}. Compute in the same precision (policy.precision, "
-            "policy.generation.vllm_cfg.precision), draw from the whole distribution (top_p=1, "
-            "top_k=null), raise the bound, or set policy.generation.mismatch.action=warn and "
-            "loss_fn.use_importance_sampling_correction=true"
-        )
-    session.say(text)
 
 
 def validator(
@@ -343,7 +302,7 @@ def validator(
     session: Session,
 ) -> Callable[[int], Metrics]:
     """What a validation does: greedy answers to held-out prompts, and samples for pass@k."""
-    drawn = _sampling(tree, data.tokenizer)
+    drawn = sampling_of(tree, data.tokenizer)
     greedy = replace(drawn, temperature=0.0, top_p=1.0, top_k=None)
     num_samples = tree.grpo.val_num_generations_per_prompt
 

@@ -198,6 +198,10 @@ class RunJournal:
         """Time spent inside is booked under this name."""
         return self._clock.phase(name)
 
+    def beside(self, name: str, seconds: float) -> None:
+        """Book seconds of work that went on while the step did something else."""
+        self._clock.beside(name, seconds)
+
     def record(self, step: int, batch: TrainBatch, stats: StepStats) -> None:
         """Book a training step."""
         self._train, self._validation = flatten(stats.metrics), {}

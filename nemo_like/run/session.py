@@ -71,6 +71,18 @@ class Resumable(Protocol):
         ...
 
 
+class Beside(Protocol):
+    """What a checkpoint holds besides the policy and the position in the data."""
+
+    def save(self, folder: Path) -> None:
+        """Write it into a checkpoint folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take what `save` wrote."""
+        ...
+
+
 class Session:
     """A run's surroundings.
 
@@ -142,6 +154,7 @@ class Session:
         data: Resumable,
         total_steps: int,
         tokens_per_sequence: float,
+        beside: Beside | None = None,
     ) -> RunJournal:
         """The journal of this run, which continues from the latest checkpoint, if there is one."""
         checkpoints = self._open_checkpoints(facts, stack)
@@ -150,6 +163,8 @@ class Session:
         if saved is not None:
             self._origin.inherit(saved, _routing(facts))
             self._continue(saved, policy, data)
+            if beside is not None:
+                beside.load(saved.folder)
             done = saved.step
             if done >= total_steps:
                 self.say(
@@ -180,7 +195,7 @@ class Session:
                 LOG_FOLDER: str(self.folder.path.absolute()),
                 **self._origin.to_json(),
             },
-            export=self._exporter(policy, facts, tokenizer),
+            export=_both(self._exporter(policy, facts, tokenizer), beside),
             checkpoints=checkpoints,
             config=self._tree.checkpointing,
             sinks=sinks,
@@ -349,6 +364,15 @@ def read_model_config(policy: PolicyConfig) -> dict[str, Any]:
     folder = model_folder(policy.model_name, with_weights=False)  # weights are the workers' affair
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config | policy.hf_config_overrides
+
+
+def _both(export: Callable[[Path], None], beside: Beside | None) -> Callable[[Path], None]:
+    def both(folder: Path) -> None:
+        export(folder)
+        if beside is not None:
+            beside.save(folder)
+
+    return both
 
 
 def _routing(facts: PolicyFacts) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_like.errors import EXIT_INTERRUPTED
+from nemo_like.errors import EXIT_INTERRUPTED, CheckpointError
 from tests.e2e.commands import ONE_STEP_AT_A_TIME, Place, continues_exactly, grpo, words
 
 STEPS = 4
@@ -14,6 +14,13 @@ EVERY_STEP = (
 GRPO = (
     "policy.train_global_batch_size=8",  # two updates a step
     "loss_fn.reference_policy_kl_penalty=0.1",
+)
+AHEAD = (
+    *GRPO,
+    "grpo.async_grpo.enabled=true",
+    "grpo.async_grpo.max_trajectory_age_steps=2",
+    "policy.generation.colocated.enabled=false",
+    "loss_fn.use_importance_sampling_correction=true",
 )
 DAPO = (
     "--config=configs/dapo_math.yaml",
@@ -49,6 +56,27 @@ def test_grpo_interrupted_after_every_step_equals_the_uninterrupted_run(
     assert len(set(rewards(run))) > 1, "nothing was learned from"
     kl = [line["train/kl_penalty"] for line in run.values()]
     assert 0 <= kl[0] < 1e-3 < kl[-1], "the reference is not the start"
+
+
+def test_rollouts_drawn_ahead_outlive_an_interruption(tmp_path, sft_config):
+    run = resumes_exactly(tmp_path, *AHEAD, f"policy.sft_config={sft_config}")
+    assert [line["train/rollout_age_steps"] for line in run.values()] == [0, 1, 2, 1]
+    kept = [sorted(f.name for f in run.step(n).glob("rollouts/*")) for n in range(1, STEPS + 1)]
+    assert kept == [["step_2.json", "step_3.json"], ["step_3.json"], ["step_4.json"], []]
+    assert len(set(rewards(run))) > 1, "nothing was learned from"
+    errors = [line["train/token_mult_prob_error"] for line in run.values()]
+    assert errors[2] > 1.001, "rollouts of older weights are not the policy's"
+    probed = [line.get("train/probe_mult_prob_error") for line in run.values()]
+    assert probed[1] is probed[3] is None and max(probed[0], probed[2]) < 1.0001
+
+
+def test_a_run_does_not_continue_on_time_what_was_drawn_ahead(tmp_path, capsys):
+    place = Place(tmp_path)
+    argv = place.grpo_argv(*EVERY_STEP, *AHEAD, "grpo.val_period=0")
+    assert grpo([*argv, ONE_STEP_AT_A_TIME]) == EXIT_INTERRUPTED
+    capsys.readouterr()
+    assert grpo([*argv, "grpo.async_grpo.enabled=false"]) == CheckpointError.exit_code
+    assert "set grpo.async_grpo.enabled=true again" in words(capsys.readouterr().out)
 
 
 def test_a_run_keeps_its_reference_though_the_supervised_run_went_on(tmp_path, capsys):

@@ -40,6 +40,16 @@ def test_inner_phases_take_their_time_from_the_outer_one_and_the_rest_is_other()
     assert values["performance/tokens_per_s"] == 10
 
 
+def test_what_went_on_beside_a_step_is_no_part_of_its_wall_time():
+    clock, hand = make_clock()
+    hand.time += 2
+    clock.beside("rollout", 1.5)
+    clock.beside("rollout", 1.0)
+    values = clock.finish(1, num_tokens=1)
+    assert values["performance/rollout_hidden_s"] == 2.5 and phases(values) == {"other": 2}
+    assert "performance/rollout_hidden_s" not in clock.finish(2, num_tokens=1)
+
+
 def test_seconds_of_workers_refine_the_phase_they_happened_in():
     clock, hand = make_clock()
     with clock.phase("train"):
