@@ -150,8 +150,8 @@ class GRPOConfig(StepsConfig):
         if self.async_grpo.enabled and self.use_dynamic_sampling:
             yield Conflict(
                 ("async_grpo.enabled", "use_dynamic_sampling"),
-                "how many prompts a step takes is known only once its rewards are, and those of the "
-                "next are chosen before",
+                "how many prompts a step takes is known only once its rewards are, and those of "
+                "the next are chosen before",
             )
 
     def _group_conflicts(self) -> Iterator[Conflict]:
