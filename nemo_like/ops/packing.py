@@ -23,6 +23,7 @@ class Rows:
         predictor_M: flat position in R x T of the token *before* each target.
         target_M: the target's token id.
         source_M: the target's position in the micro-batch's own N.
+        num_tokens_R: the tokens of each row; what follows them is padding.
     """
 
     input_ids_RT: Tensor
@@ -30,6 +31,7 @@ class Rows:
     predictor_M: Tensor
     target_M: Tensor
     source_M: Tensor
+    num_tokens_R: Tensor
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on a device."""
@@ -77,6 +79,7 @@ def rows_of(batch: TrainBatch, micro_batch: MicroBatch, *, multiple: int = 1) ->
         predictor_M=flat_N[source_M] - 1,
         target_M=batch.token_ids_N[source_M],
         source_M=source_M,
+        num_tokens_R=row_tokens,
     )
 
 

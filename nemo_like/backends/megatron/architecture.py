@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nemo_like.backends.megatron.convert import WeightTable
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
+from nemo_like.optim.views import attention_shape
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-OVERRIDABLE = ("moe_aux_loss_coeff", "moe_z_loss_coeff")
+OVERRIDABLE = ("moe_aux_loss_coeff",)
 """Fields of TransformerConfig that are neither the model's nor this backend's to decide."""
 FROM_HF = {
     "num_layers": "num_hidden_layers",
@@ -33,20 +34,6 @@ MOE_FROM_HF = {
 }
 
 
-def head_dim(hf_config: Any) -> int:
-    """The width of one attention head."""
-    stated = hf_config.to_dict().get("head_dim")
-    return stated or hf_config.hidden_size // hf_config.num_attention_heads
-
-
-def moe_layers(hf_config: Any) -> list[bool]:
-    """For every layer of the model, whether it is a mixture of experts."""
-    if hf_config.model_type != "qwen3_moe":
-        return [False] * hf_config.num_hidden_layers
-    step, dense = hf_config.decoder_sparse_step, hf_config.mlp_only_layers
-    return [i not in dense and (i + 1) % step == 0 for i in range(hf_config.num_hidden_layers)]
-
-
 def inverse_frequencies(hf_config: Any) -> Tensor:
     """Radians per token of each pair of a head's dimensions. Shapes: [C / 2], fp32.
 
@@ -61,7 +48,7 @@ def inverse_frequencies(hf_config: Any) -> Tensor:
             "backend; supported: rope_type default, linear and llama3, of whole heads"
         )
     if kind == "default":
-        width = head_dim(hf_config)
+        width = _head_dim(hf_config)
         exponents = torch.arange(0, width, 2, dtype=torch.float) / width
         return 1.0 / parameters["rope_theta"] ** exponents
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -78,8 +65,7 @@ def transformer_config(policy: PolicyConfig, hf_config: Any) -> TransformerConfi
     """
     from megatron.core.transformer import TransformerConfig
 
-    for key, reason in (*_model_refusals(hf_config), *_policy_refusals(policy, hf_config)):
-        raise ConfigError(f"{key}: {reason}")
+    refuse_unsupported(policy, hf_config)
     fields = _model_fields(hf_config) | _layout_fields(policy)
     if hf_config.model_type == "qwen3_moe":
         fields |= _moe_fields(policy, hf_config)
@@ -89,19 +75,28 @@ def transformer_config(policy: PolicyConfig, hf_config: Any) -> TransformerConfi
         raise ConfigError(f"policy.megatron_cfg: megatron-core refuses this: {error}") from error
 
 
+def refuse_unsupported(policy: PolicyConfig, hf_config: Any) -> None:
+    """Look at all that the model and the policy ask for; needs no megatron-core.
+
+    Raises:
+        ConfigError: something is not here, or does not fit the layout.
+    """
+    config = policy.megatron_cfg
+    # The table refuses models that it does not know, and matrices that can not be cut.
+    WeightTable(
+        hf_config,
+        tp_size=config.tensor_model_parallel_size,
+        expert_tp_size=config.expert_tensor_parallel_size,
+    )
+    for key, reason in (*_model_refusals(hf_config), *_policy_refusals(policy, hf_config)):
+        raise ConfigError(f"{key}: {reason}")
+
+
 def _model_refusals(hf_config: Any) -> Iterator[tuple[str, str]]:
     model = hf_config.to_dict()
-    if hf_config.model_type not in FAMILIES:
-        yield (
-            "policy.model_name",
-            f"model type {hf_config.model_type!r} is not supported by the Megatron backend; "
-            f"supported: {', '.join(FAMILIES)}",
-        )
     for name, only in (
         ("hidden_act", "silu"),
         ("attention_dropout", 0.0),
-        ("attention_bias", False),
-        ("mlp_bias", False),
         ("use_sliding_window", False),
     ):
         if (found := model.get(name, only)) != only:
@@ -151,12 +146,11 @@ def _policy_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str
 def _layout_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str, str]]:
     config, block = policy.megatron_cfg, "policy.megatron_cfg."
     tp, groups = config.tensor_model_parallel_size, hf_config.num_key_value_heads
-    for name in ("num_attention_heads", "intermediate_size"):
-        if getattr(hf_config, name) % tp:
-            yield (
-                f"{block}tensor_model_parallel_size",
-                f"{tp} does not divide the model's {name}={getattr(hf_config, name)}",
-            )
+    if hf_config.num_attention_heads % tp:
+        yield (
+            f"{block}tensor_model_parallel_size",
+            f"{tp} does not divide the model's num_attention_heads={hf_config.num_attention_heads}",
+        )
     if groups % tp and tp % groups:
         yield (
             f"{block}tensor_model_parallel_size",
@@ -188,12 +182,6 @@ def _moe_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str, s
             f"{config.expert_model_parallel_size} does not divide num_experts="
             f"{hf_config.num_experts}",
         )
-    if hf_config.moe_intermediate_size % config.expert_tensor_parallel_size:
-        yield (
-            f"{block}expert_tensor_parallel_size",
-            f"{config.expert_tensor_parallel_size} does not divide moe_intermediate_size="
-            f"{hf_config.moe_intermediate_size}",
-        )
     if config.moe_router_load_balancing_type == "sinkhorn":
         yield (
             f"{block}moe_router_load_balancing_type",
@@ -212,10 +200,16 @@ def _moe_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str, s
         )
 
 
+def _head_dim(hf_config: Any) -> int:
+    heads = attention_shape(hf_config)
+    assert heads is not None, "every family has attention"
+    return heads.head_dim
+
+
 def _model_fields(hf_config: Any) -> dict[str, Any]:
     fields = {ours: getattr(hf_config, theirs) for ours, theirs in FROM_HF.items()}
     return fields | {
-        "kv_channels": head_dim(hf_config),
+        "kv_channels": _head_dim(hf_config),
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,

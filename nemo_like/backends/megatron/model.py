@@ -19,14 +19,13 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
-from nemo_like.backends.megatron.architecture import (
-    inverse_frequencies,
-    moe_layers,
-    transformer_config,
-)
+from nemo_like.backends.megatron.architecture import inverse_frequencies, transformer_config
+from nemo_like.backends.megatron.convert import has_experts, padded_vocab_size
 from nemo_like.backends.megatron.layers import RotaryPositions, decoder_spec
 from nemo_like.backends.megatron.parallel import Parallel
 from nemo_like.backends.megatron.rows import LocalRows
@@ -54,13 +53,13 @@ class Stage(GPTModel):
         chunk_size: int,
         temperature: float,
     ) -> None:
-        tp = config.tensor_model_parallel_size
-        self.first_layer = get_transformer_layer_offset(config, pp_rank=parallel.rank("pp"))
-        is_moe = moe_layers(hf_config)[self.first_layer :]
+        stage = parallel.rank("pp")
+        self.first_layer = get_transformer_layer_offset(config, pp_rank=stage)
+        end = self.first_layer + get_num_layers_to_build(config, pp_rank=stage)
         super().__init__(
             config,
-            decoder_spec(config, is_moe[: num_layers(config, parallel)]),
-            vocab_size=-(-hf_config.vocab_size // tp) * tp,
+            decoder_spec(config, [has_experts(hf_config, i) for i in range(self.first_layer, end)]),
+            vocab_size=padded_vocab_size(hf_config.vocab_size, tp_size=parallel.size("tp")),
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=parallel.is_first_stage,
             post_process=parallel.is_last_stage,
@@ -68,7 +67,8 @@ class Stage(GPTModel):
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         )
         self.rotary = RotaryPositions(inverse_frequencies(hf_config)).to(parallel.device)
-        self.num_tokens_known = hf_config.vocab_size
+        self.vocab_size_unpadded = hf_config.vocab_size
+        self.balancing_coefficient = config.moe_aux_loss_coeff
         self.chunk_size = chunk_size
         self.temperature = temperature
         self.parallel = parallel
@@ -78,8 +78,15 @@ class Stage(GPTModel):
         return super().forward(rows.input_ids_Rt, None, None, packed_seq_params=rows)
 
     def _preprocess(self, *, packed_seq_params: LocalRows, **inputs: Any) -> tuple[Any, ...]:
-        before, _, *rest = super()._preprocess(packed_seq_params=packed_seq_params, **inputs)
-        return before, self.rotary(packed_seq_params.positions_tR), *rest
+        rows = packed_seq_params
+        before, _, *rest, _ = super()._preprocess(packed_seq_params=rows, **inputs)
+        padding = None
+        if self.config.num_moe_experts:  # only they ask
+            padding = rows.padding_Rt
+            if self.config.sequence_parallel:
+                size, rank = self.parallel.size("tp"), self.parallel.rank("tp")
+                padding = padding.chunk(size, 1)[rank]
+        return before, self.rotary(rows.positions_tR), *rest, padding
 
     def _postprocess(
         self, *, hidden_states: Tensor, packed_seq_params: LocalRows, **_: Any
@@ -100,7 +107,7 @@ class Stage(GPTModel):
         logprobs_m = linear_logprobs(
             hidden.flatten(0, 1)[rows.predictor_m],
             # Rows that fill the vocabulary up are no tokens.
-            weight[: max(0, self.num_tokens_known - start)],
+            weight[: max(0, self.vocab_size_unpadded - start)],
             rows.target_m,
             chunk_size=self.chunk_size,
             group=self.tp_group if parallel.size("tp") > 1 else None,
@@ -110,6 +117,11 @@ class Stage(GPTModel):
             return logprobs_m
         whole_M = logprobs_m.new_zeros(rows.num_targets).index_put((rows.place_m,), logprobs_m)
         return reduce_from_tensor_model_parallel_region(whole_M, group=self.cp_group)
+
+    def weigh_balancing_loss(self, num_micro_batches: int) -> None:
+        """Let the routers' loss be its mean over all replicas' micro-batches of a step."""
+        count = num_micro_batches * self.parallel.size("dp")
+        self.config.moe_aux_loss_coeff = self.balancing_coefficient / count
 
     def global_name(self, name: str) -> str:
         """A parameter's name here, with the numbers of its layer and expert in the whole model."""
@@ -126,13 +138,6 @@ class Stage(GPTModel):
         """
         for name, parameter in self.named_parameters():
             yield self.global_name(name), parameter
-
-
-def num_layers(config: TransformerConfig, parallel: Parallel) -> int:
-    """How many layers this rank's stage has."""
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
-    return get_num_layers_to_build(config, pp_rank=parallel.rank("pp"))
 
 
 def build_model(
@@ -159,13 +164,7 @@ def build_model(
         temperature=temperature,
     )
     stage.to(device)
-    for name, parameter in stage.named_parameters():
-        if ".local_experts." in name:
-            # megatron-core says so with expert parallelism only. But experts are shared out over
-            # ranks of their own grid always: their copies are not the copies of other weights.
-            parameter.allreduce = False
-        if name.endswith("mlp.router.weight") and policy.megatron_cfg.freeze_moe_router:
-            parameter.requires_grad = False
+    _prepare_experts(stage, freeze_router=policy.megatron_cfg.freeze_moe_router)
     keys = policy.megatron_cfg.distributed_data_parallel_config
     overlap = keys.overlap_grad_reduce
     if overlap is None:
@@ -180,6 +179,20 @@ def build_model(
     config.no_sync_func = model.no_sync
     config.finalize_model_grads_func = _finalize
     return model
+
+
+def _prepare_experts(stage: Stage, *, freeze_router: bool) -> None:
+    for name, parameter in stage.named_parameters():
+        if ".local_experts." in name:
+            # megatron-core says so with expert parallelism only. But experts are shared out over
+            # ranks of their own grid always: their copies are not the copies of other weights.
+            parameter.allreduce = False
+    for module in stage.modules():
+        if isinstance(module, TopKRouter):
+            module.weight.requires_grad = not freeze_router
+            # It would multiply the balancing loss by a count of tokens, as if all gradients were
+            # divided by one in the end.
+            module.calculate_per_token_loss = False
 
 
 def _finalize(model: list[Any], num_tokens: Tensor, **groups: Any) -> None:

@@ -31,6 +31,7 @@ class LocalRows:
 
     Shapes: R rows; t of their T columns; of M targets, m have their predictor here.
         input_ids_Rt: the model's input.
+        padding_Rt: which tokens are none; false everywhere in a micro-batch without any.
         positions_tR: each token's place in its sequence; [t, 1] if that is the same in all rows.
         pieces: for some rows each, in order, what tiles all their columns, in order.
         predictor_m: flat position in t x R of the token before each target.
@@ -39,6 +40,7 @@ class LocalRows:
     """
 
     input_ids_Rt: Tensor
+    padding_Rt: Tensor
     positions_tR: Tensor
     pieces: tuple[tuple[slice, tuple[Piece, ...]], ...]
     predictor_m: Tensor
@@ -64,6 +66,7 @@ def local_rows(rows: Rows, *, rank: int, num_ranks: int, device: torch.device) -
     alike = all(start == starts[0] for start in starts)
     pieces = [tuple(_pieces(start, width, chunks)) for start in (starts[:1] if alike else starts)]
     groups = [slice(None)] if alike else [slice(r, r + 1) for r in range(num_rows)]
+    num_tokens_R = rows.num_tokens_R if rows.num_tokens_R.any() else rows.num_tokens_R + width
     positions = rows.position_ids_RT[:1] if alike else rows.position_ids_RT
 
     def there(x: Tensor) -> Tensor:
@@ -71,6 +74,7 @@ def local_rows(rows: Rows, *, rank: int, num_ranks: int, device: torch.device) -
 
     return LocalRows(
         input_ids_Rt=there(rows.input_ids_RT[:, columns]),
+        padding_Rt=there(columns >= num_tokens_R[:, None]),
         positions_tR=there(positions[:, columns].T),
         pieces=tuple(zip(groups, pieces, strict=True)),
         predictor_m=there((predictor_column * num_rows + predictor_row)[place_m]),

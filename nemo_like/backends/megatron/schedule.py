@@ -49,6 +49,7 @@ def run(
 
     if loss_of is not None:
         model.zero_grad_buffer()
+        model.module.weigh_balancing_loss(len(micro_batches))
     with torch.no_grad() if loss_of is None else nullcontext():
         get_forward_backward_func()(
             forward_step_func=forward_step,
