@@ -209,7 +209,11 @@ class RankBackend(ABC):
     def _booked(self, phases: dict[str, float], name: str) -> Iterator[None]:
         """Time spent inside is booked under this name, that of kernels started inside included."""
         start = perf_counter()
-        yield
+        try:
+            yield
+        except Exception as exception:
+            exception.add_note(name)  # for whoever tells of it
+            raise
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         phases[name] = phases.get(name, 0.0) + perf_counter() - start

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_like.cluster import memory
 from nemo_like.errors import NemoLikeError, WorkerError
 
 LOG_TAIL_LINES = 20
@@ -50,7 +51,8 @@ class Failure:
         return cls(
             worker=worker,
             phase=phase,
-            message=f"{type(exception).__name__}: {exception}",
+            message=memory.told(exception, phase, worker.group)
+            or f"{type(exception).__name__}: {exception}",
             trace="".join(traceback.format_exception(exception)),
             error=exception if isinstance(exception, NemoLikeError) else None,
         )

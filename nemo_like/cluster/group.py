@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_like.cluster import memory
 from nemo_like.cluster.actors import Factory, Worker
 from nemo_like.cluster.failures import Failure, WorkerIdentity, died, hang_error, to_error
 from nemo_like.cluster.placement import Placement, RankPlace, check_fits, worker_env
@@ -59,6 +60,7 @@ class WorkerGroup:
         self._ready = False
         self._broken: NemoLikeError | None = None
         self._closing = threading.Event()
+        self._host = memory.Host.now()
 
     def start(self) -> None:
         """Begins to start all workers; a second call does nothing."""
@@ -285,9 +287,16 @@ class WorkerGroup:
             return Failure(self._identities[rank], phase, f"the call did not go through: {exc}")
         except exceptions.RayActorError as exc:
             # After the start Ray only repeats, in many words, that the process is gone.
-            return died(self._identities[rank], phase, str(exc) if phase == "start" else "")
+            return self._died(rank, phase, str(exc), tell=phase == "start")
         except exceptions.RayError as exc:
-            return died(self._identities[rank], phase, f"Ray says: {exc}")
+            return self._died(rank, phase, str(exc), tell=True)
+
+    def _died(self, rank: int, phase: str, said: str, *, tell: bool) -> Failure:
+        """The record of a process that is gone, of which Ray has `said` something."""
+        lack = memory.of_the_dead(
+            phase, self._config.name, said=said, before=self._host, now=memory.Host.now()
+        )
+        return died(self._identities[rank], phase, f"{lack}. Ray says: {said}" if tell else lack)
 
     def _break(self, error: NemoLikeError) -> NemoLikeError:
         self._broken = error

@@ -26,6 +26,7 @@ from nemo_like.checkpoint.checkpoints import (
 from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.hf_export import write_hf
 from nemo_like.checkpoint.manifest import RunLayout, verify
+from nemo_like.cluster import memory
 from nemo_like.config.compose import as_yaml
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.config.tree import RunTree
@@ -130,7 +131,8 @@ class Session:
             # ends like any other, with the trace above.
             self._console.close()
             traceback.print_exc()
-            found = NemoLikeError(f"{type(error).__name__}: {error}")
+            text = memory.told(error, "this run") or f"{type(error).__name__}: {error}"
+            found = NemoLikeError(text)
             self._console.error(found, last_checkpoint=self._last_good(), next_command=_command())
             return found.exit_code
 

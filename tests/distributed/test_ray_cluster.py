@@ -51,6 +51,9 @@ class Echo:
     def refuse(self):
         raise NonFiniteError(f"loss is nan on rank {self.rank}")
 
+    def generate(self):
+        bytearray(1 << 60)
+
     def fail_on(self, rank):
         if self.rank == rank:
             raise KeyError("lost")
@@ -222,6 +225,14 @@ def test_our_errors_arrive_as_themselves_and_leave_the_group_usable_when_all_ans
     assert group.call_all("add", 1) == [(0, 1), (1, 1)]
 
 
+def test_a_worker_without_memory_says_what_it_needed_and_what_takes_less(healthy):
+    group, _ = healthy
+    with pytest.raises(
+        WorkerError, match=r"out of host memory in generate: .* of .* GiB.*lower policy\.generation"
+    ):
+        group.call_all("generate")
+
+
 def test_an_exception_on_one_rank_ends_the_call_while_the_other_hangs(make_group):
     group, _ = make_group()
     pids = group.call_all("pid")
@@ -244,6 +255,7 @@ def test_a_killed_worker_ends_the_call_within_ten_seconds_and_the_rest_of_the_gr
         group.call_all("kill_on", 1)
     assert time.monotonic() - started < 10
     assert f"pid {pids[1]}" in str(caught.value)
+    assert "If it was memory (here free" in str(caught.value)
     assert str(logs / "policy_rank1.log") in str(caught.value)
     assert wait_until_gone(pids, 10)
 
