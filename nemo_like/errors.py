@@ -53,6 +53,9 @@ class NonFiniteError(NemoLikeError):
 
 
 class MismatchError(NemoLikeError):
-    """The rollout engine gives tokens other probabilities than the policy in training."""
+    """The rollout engine gives tokens other probabilities than the policy in training.
+
+    Found before a step on these tokens is taken; a probe of rollouts drawn ahead may find it after.
+    """
 
     exit_code = 8

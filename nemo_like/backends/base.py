@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_like.backends import collectives
+from nemo_like.backends.agreement import refuse_mismatch
 from nemo_like.backends.settings import BackendSettings
 from nemo_like.checkpoint import rng
 from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.layout import MODEL, OPTIMIZER, ROUTING
 from nemo_like.checkpoint.store import StateWriter, load_state
 from nemo_like.config.policy import PolicyConfig
-from nemo_like.errors import NonFiniteError, NoSignalError
+from nemo_like.errors import MismatchError, NonFiniteError, NoSignalError
 from nemo_like.interfaces import Loss
 from nemo_like.observability.metrics import reduce
 from nemo_like.optim.clip import clip_gradients
@@ -157,6 +158,7 @@ class RankBackend(ABC):
             NoSignalError: the global batch has no token to learn from.
             NonFiniteError: a loss or gradient is not finite and the budget for skipping is used up;
                 the weights and the optimizer's state are those of before the step.
+            MismatchError: engine and policy disagree on the tokens; weights and state as above.
         """
         assert self._schedule is not None, "begin() comes first"
         self._refuse_no_signal(shard.batch)
@@ -172,6 +174,7 @@ class RankBackend(ABC):
             finite = self._is_finite(values, grad_norm)
             self.optimizer.watch = finite and self._is_watched()
             if finite:
+                self._refuse_mismatch(metrics)
                 self._schedule.apply(self.optimizer, tick)
                 self.optimizer.step()
             else:
@@ -198,6 +201,16 @@ class RankBackend(ABC):
                 "the data (an answer of each row must be left after templates and truncation to "
                 "policy.max_total_sequence_length), or raise policy.train_global_batch_size"
             )
+
+    def _refuse_mismatch(self, metrics: Metrics) -> None:
+        limit = self.settings.mismatch_limit
+        if limit is None:
+            return
+        try:
+            refuse_mismatch(self.step + 1, metrics, limit, self.device)
+        except MismatchError:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
 
     def _memory(self) -> Metrics:
         """The most memory that tensors have taken so far; of a GPU alone."""

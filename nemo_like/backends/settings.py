@@ -16,7 +16,8 @@ class BackendSettings:
     `keep_reference` the weights of the start are kept too, for log-probabilities under them.
     Log-probabilities are of logits divided by `temperature`, as engines draw tokens. The schedules
     go on by one in every `updates_per_step` optimizer steps. A collective fails after
-    `collective_timeout_s`: later than the driver, who can say which ranks are missing.
+    `collective_timeout_s`: later than the driver, who can say which ranks are missing. A step on
+    tokens whose `token_mult_prob_error` is above `mismatch_limit` in the mean is refused.
     """
 
     seed: int
@@ -27,3 +28,4 @@ class BackendSettings:
     temperature: float = 1.0
     updates_per_step: int = 1
     collective_timeout_s: float = 1860.0
+    mismatch_limit: float | None = None

@@ -53,7 +53,12 @@ class MismatchConfig(Node):
     max_token_mult_prob_error: Annotated[float, Field(gt=1)] = 1.1
     """Mean over a step's tokens of exp |log-probability of the engine - of the policy|."""
     action: Literal["stop", "warn"] = "stop"
-    """What happens above it."""
+    """What happens above it; `stop` is before the weights change."""
+
+    @property
+    def limit(self) -> float | None:
+        """The error above which no step is taken; None where it is only told."""
+        return self.max_token_mult_prob_error if self.action == "stop" else None
 
 
 class GenerationConfig(Node):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_like.algorithms.grpo import Check
+from nemo_like.backends.agreement import CURE, ERROR, disagreement
 from nemo_like.checkpoint import rollouts
 from nemo_like.config.generation import MismatchConfig
 from nemo_like.config.grpo import GRPOTree
@@ -29,7 +30,7 @@ class RunRollouts:
     @property
     def agreement(self) -> str:
         """The metric that says how far engine and policy are apart under the same weights."""
-        return "token_mult_prob_error" if self.ahead is None else "probe_mult_prob_error"
+        return ERROR if self.ahead is None else "probe_mult_prob_error"
 
     def settle(self) -> None:
         """Returns when the engines are free."""
@@ -101,28 +102,18 @@ def sampling_of(tree: GRPOTree, tokenizer: Any) -> SamplingParams:
 def agreement_check(bound: MismatchConfig, metric: str, say: Callable[[str], object]) -> Check:
     """What is asked after every step: whether engine and policy compute the same.
 
-    The check raises a MismatchError if they do not, and `mismatch.action` is `stop`. A step without
-    the metric sent no weights.
+    The check raises a MismatchError if they do not, and `mismatch.action` is `stop`; of rollouts
+    drawn on time the policy has refused the step itself by then. A step without the metric sent no
+    weights.
     """
 
     def check(step: int, stats: StepStats) -> None:
-        if metric not in stats.metrics or (
-            stats.metrics[metric].value <= bound.max_token_mult_prob_error
-        ):
+        limit = bound.max_token_mult_prob_error
+        if metric not in stats.metrics or stats.metrics[metric].value <= limit:
             return
-        text = (
-            f"step {step}: engine and policy differ by a factor of "
-            f"{stats.metrics[metric].value:.4f} per token ({metric}), expected at most "
-            f"{bound.max_token_mult_prob_error} "
-            "(policy.generation.mismatch.max_token_mult_prob_error)"
-        )
+        text = disagreement(step, metric, stats.metrics[metric].value, limit)
         if bound.action == "stop":
-            raise MismatchError(
-                f"{text}. Compute in the same precision (policy.precision, "
-                "policy.generation.vllm_cfg.precision), draw from the whole distribution (top_p=1, "
-                "top_k=null), raise the bound, or set policy.generation.mismatch.action=warn and "
-                "loss_fn.use_importance_sampling_correction=true"
-            )
+            raise MismatchError(f"{text}. {CURE}")
         say(text)
 
     return check

@@ -7,8 +7,9 @@ import torch
 
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.data.batching import Batching, shard
-from nemo_like.errors import NonFiniteError, NoSignalError
+from nemo_like.errors import MismatchError, NonFiniteError, NoSignalError
 from nemo_like.losses.nll import NLL
+from nemo_like.types import Metric
 
 
 @dataclass
@@ -104,6 +105,37 @@ def test_after_the_error_nothing_is_left_of_the_bad_gradient(make_backend, batch
     for each in (backend, untouched):
         each.train_step(one_shard(batch_of(1)), NLL())
     assert_untouched(backend, everything(untouched))
+
+
+class FarFromTheEngine(NLL):
+    """NLL of tokens that the engine gave other probabilities, in every second micro-batch."""
+
+    calls = 0
+
+    def __call__(self, logprobs_N, batch):
+        share, metrics = super().__call__(logprobs_N, batch)
+        type(self).calls += 1
+        error = Metric(1.0 + 0.4 * (self.calls % 2), "mean", weight=1.0)
+        return share, metrics | {"token_mult_prob_error": error}
+
+
+@OPTIMIZERS
+def test_tokens_that_the_engine_gave_other_probabilities_never_reach_weights_or_optimizer(
+    make_backend, batch_of, optimizer
+):
+    strict = make_backend(mismatch_limit=1.1, optimizer={"optimizer": optimizer, "lr": 0.01})
+    strict.train_step(one_shard(batch_of(0)), NLL())
+    before = everything(strict)
+    with pytest.raises(MismatchError, match=r"step 2: .* 1\.2000 per token .* most 1\.1 .*top_p=1"):
+        strict.train_step(one_shard(batch_of(1)), FarFromTheEngine())
+    assert_untouched(strict, before)
+    assert all(p.grad is None for p in strict.model.parameters())
+
+
+def test_a_mean_error_within_the_limit_is_no_mismatch(make_backend, batch_of):
+    backend = make_backend(mismatch_limit=1.25)
+    backend.train_step(one_shard(batch_of(1)), FarFromTheEngine())
+    assert backend.step == 1
 
 
 def test_steps_within_the_budget_are_skipped_counted_and_change_nothing(make_backend, batch_of):
