@@ -164,7 +164,7 @@ class RayCluster:
                 f"no Ray cluster answers at cluster.address={address} ({exc}). Start one with "
                 "`ray start --head`, or leave cluster.address unset to start one on this machine"
             ) from exc
-        except (RuntimeError, OSError, ValueError) as exc:
+        except Exception as exc:  # of a slow start it raises just that
             raise WorkerError(
                 f"Ray did not start: {exc}. Its logs: {self._folder or address}. "
                 "cluster.launcher=local runs without Ray, in one process"
