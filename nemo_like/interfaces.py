@@ -121,8 +121,17 @@ class Generator(Protocol):
         """Take the policy's weights of now."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """One rollout per prompt, in the order of the prompts."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        samples: Sequence[int] | None = None,
+    ) -> list[Rollout]:
+        """One rollout per prompt, in the order of the prompts.
+
+        `samples` are the numbers of the samples of each prompt, by which their dice differ; None
+        counts them here (`sample_numbers`).
+        """
         ...
 
     def close(self) -> None:
@@ -131,15 +140,22 @@ class Generator(Protocol):
 
 
 class Environment(Protocol):
-    """What judges a rollout."""
+    """What judges a rollout, and may reply to the model before.
+
+    An environment inherits this class; `score` is all that one of single answers has to write.
+    """
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """One reward per rollout, in order; finite."""
         ...
 
+    def reply(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        """What each rollout goes on with, in order; None where it is complete."""
+        return [None] * len(rollouts)
+
     def close(self) -> None:
         """Release processes; safe to call twice."""
-        ...
+        return
 
 
 class RolloutSource(Protocol):

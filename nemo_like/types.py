@@ -66,12 +66,30 @@ class Prompt:
     env_name: str = ""
 
 
+Span = tuple[int, int]
+"""The first place, and the one after the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Where an environment wrote into a rollout: places in its token ids, and in its text."""
+
+    tokens: Span
+    characters: Span
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One completion of a prompt.
+    """One completion of a prompt, in one turn, or in several with an environment's replies between.
 
-    `token_ids` and `sampled_logprobs` (nats) hold the completion alone, its end-of-sequence token
-    included. `weights_version` is the number of the weight update that the engine had applied.
+    `token_ids` and `sampled_logprobs` (nats) hold all that follows the prompt, end-of-sequence
+    tokens included. Tokens at the places of `replies` are the environment's: nobody sampled them,
+    their log-probability is 0 here, and no policy trains on them. `weights_version` is the number
+    of the weight update that the engine had applied, the oldest one of all turns.
+
+    Example: "<calc>6*7</calc>", to which "42" was replied, and then "Answer: 42", as
+    `text="<calc>6*7</calc>42Answer: 42"`; if each of the three parts were one token,
+    `replies=(Reply(tokens=(1, 2), characters=(16, 18)),)`.
     """
 
     prompt: Prompt
@@ -80,6 +98,25 @@ class Rollout:
     text: str
     finish_reason: Literal["stop", "length"]
     weights_version: int
+    replies: tuple[Reply, ...] = ()
+
+    @property
+    def num_turns(self) -> int:
+        """How often the model answered."""
+        return len(self.replies) + 1
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the model wrote."""
+        return len(self.token_ids) - sum(len(reply.tokens) for reply in self.replies)
+
+    @property
+    def is_sampled(self) -> tuple[bool, ...]:
+        """Of each token, whether the model wrote it."""
+        is_sampled = [True] * len(self.token_ids)
+        for reply in self.replies:
+            is_sampled[reply.tokens.start : reply.tokens.stop] = [False] * len(reply.tokens)
+        return tuple(is_sampled)
 
 
 @dataclass(frozen=True, slots=True)

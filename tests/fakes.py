@@ -9,6 +9,7 @@ import torch
 from nemo_like.checkpoint import rng
 from nemo_like.checkpoint.layout import MODEL, OPTIMIZER
 from nemo_like.checkpoint.store import StateWriter
+from nemo_like.interfaces import Environment
 from nemo_like.types import Example, Metric, PolicyFacts, Prompt, Rollout, StepStats
 
 
@@ -65,7 +66,7 @@ class FakeGenerator:
     def sync(self, policy):
         self.synced_at.append(policy.logprob)
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, samples=None):
         self.seeds.append(sampling.seed)
         seen, rollouts = {}, []
         for prompt in prompts:
@@ -87,7 +88,7 @@ class FakeGenerator:
         pass
 
 
-class FakeEnvironment:
+class FakeEnvironment(Environment):
     """A rollout's reward is what `reward` makes of the numbers of its prompt and its sample."""
 
     def __init__(self, reward):
@@ -95,9 +96,6 @@ class FakeEnvironment:
 
     def score(self, rollouts):
         return [self.reward(*map(int, rollout.text.split("."))) for rollout in rollouts]
-
-    def close(self):
-        pass
 
 
 class FakeJournal:
@@ -179,3 +177,61 @@ class FakeSink:
 
     def close(self):
         pass
+
+
+class FakeTalker:
+    """A generator that says what `script` has for a prompt's text, turn by turn.
+
+    A character is a token, of which the character's code is the number; `*` ends a message. It
+    remembers its calls.
+    """
+
+    END = ord("*")
+
+    def __init__(self, script):
+        self.script = script
+        self.calls = []
+
+    def sync(self, policy):
+        pass
+
+    def generate(self, prompts, sampling, samples=None):
+        self.calls.append((list(prompts), sampling.seed, list(samples)))
+        rollouts = []
+        for prompt in prompts:
+            turn = len(self.calls) - 1
+            said = self.script[prompt.text][turn][: sampling.max_new_tokens]
+            is_cut = not said.endswith(("*", "!"))
+            rollouts.append(
+                Rollout(
+                    prompt,
+                    token_ids=tuple(map(ord, said)),
+                    sampled_logprobs=(-1.0 - turn,) * len(said),
+                    text=said.rstrip("*"),
+                    finish_reason="length" if is_cut else "stop",
+                    weights_version=turn + 3,
+                )
+            )
+        return rollouts
+
+    def close(self):
+        pass
+
+
+class FakeReplier(Environment):
+    """Replies by `answer`, a function of the text so far; every rollout is worth its length."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.asked = []
+
+    def reply(self, rollouts):
+        self.asked.append([rollout.text for rollout in rollouts])
+        return [self.answer(rollout.text) for rollout in rollouts]
+
+    def score(self, rollouts):
+        return [float(len(rollout.text)) for rollout in rollouts]
+
+    def reply_ids(self, text, *, ended_by):
+        """As an encoder: in brackets after a message that ended."""
+        return list(map(ord, text if ended_by is None else f"[{text}]"))

@@ -17,13 +17,14 @@ class Evaluation:
     rewards: tuple[float, ...]
 
     def metrics(self) -> Metrics:
-        """Mean reward, length of the answers in tokens, and the share that was cut off."""
+        """Mean reward, tokens and turns of the answers, and the share that was cut off."""
         n = len(self.rollouts)
-        lengths = [len(r.token_ids) for r in self.rollouts]
+        lengths = [r.num_sampled for r in self.rollouts]
         cut = sum(r.finish_reason == "length" for r in self.rollouts)
         return {
             "accuracy": Metric(sum(self.rewards) / n, "mean", weight=n),
             "answer_tokens": Metric(sum(lengths) / n, "mean", weight=n),
+            "turns": Metric(sum(r.num_turns for r in self.rollouts) / n, "mean", weight=n),
             "truncated": Metric(cut / n, "mean", weight=n),
         }
 

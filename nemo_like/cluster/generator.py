@@ -78,7 +78,12 @@ class RemoteGenerator:
             )
         self._weights = weights
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        samples: Sequence[int] | None = None,
+    ) -> list[Rollout]:
         """One rollout per prompt, in the order of the prompts.
 
         Raises:
@@ -89,7 +94,7 @@ class RemoteGenerator:
             raise CheckpointError(
                 "the rollout engines hold no complete weights: a sync has to succeed first"
             )
-        numbers = sample_numbers(prompts)
+        numbers = sample_numbers(prompts) if samples is None else samples
         work = [len(prompt.token_ids) + sampling.max_new_tokens for prompt in prompts]
         parts: list[Future[list[Rollout]]] = []
         for engine, rows in enumerate(shares(work, len(self._engines))):

@@ -8,6 +8,9 @@ from typing import Literal
 
 from nemo_like.config.base import Conflict, Node, Positive, PositiveFloat
 
+END_OF_CALL = "</calc>"
+"""What ends a call of the calculator in an answer."""
+
 
 class RewardWorkersConfig(Node):
     """The processes that compute rewards, and their limits."""
@@ -32,20 +35,24 @@ class CustomEnvConfig(RewardWorkersConfig):
 
     reward: str | None = None
     """Import path `package.module:function`: of prompt, answer and what is expected, a number."""
+    reply: str | None = None
+    """The same for a text that the model goes on with, or None: see `grpo.max_rollout_turns`."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """A text that is no import path."""
-        if self.reward is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.reward):
-            yield Conflict(("reward",), "the form is package.module:function")
+        for name in ("reward", "reply"):
+            path = getattr(self, name)
+            if path is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", path):
+                yield Conflict((name,), "the form is package.module:function")
 
 
 class EnvConfig(Node):
     """What judges answers; which one judges which rows says `data.train.env_name`."""
 
     on_failure: Literal["stop", "score"] = "stop"
-    """Where a custom reward raises, hangs or is no finite number: end the run, or go on."""
+    """Where a custom reward or reply raises, hangs or is of a wrong type: end the run, or go on."""
     failure_reward: float = 0.0
-    """The reward under `on_failure=score`."""
+    """The reward under `on_failure=score`; a rollout whose reply fails is judged as it stands."""
     math: MathEnvConfig = MathEnvConfig()
     """`env_name: math`."""
     custom: CustomEnvConfig = CustomEnvConfig()

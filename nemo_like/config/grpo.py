@@ -14,7 +14,7 @@ from nemo_like.config.base import (
     NonNegativeFloat,
     Positive,
 )
-from nemo_like.config.environments import EnvConfig
+from nemo_like.config.environments import END_OF_CALL, EnvConfig
 from nemo_like.config.generation import RolloutPolicyConfig
 from nemo_like.config.loss import ClippedPGConfig
 from nemo_like.config.run import ClusterConfig, StepsConfig
@@ -85,7 +85,7 @@ class GRPOConfig(StepsConfig):
     num_generations_per_prompt: Positive = 16
     """Samples of a group."""
     max_rollout_turns: Positive = 1
-    """Most answers of the model in one rollout, where the environment replies."""
+    """Most answers of the model in one rollout; between them the environment replies."""
     normalize_rewards: bool = True
     """Divide by the group's standard deviation; false is Dr.GRPO, or RLOO with the next key."""
     use_leave_one_out_baseline: bool = True
@@ -183,7 +183,7 @@ class GRPOTree(RunTree):
         - {name for name in GRPOConfig.model_fields if name.startswith(("max_num_", "val_"))}
         - {"max_val_samples", "skip_non_finite_steps"},
         "loss_fn": True,
-        "env": {"on_failure": True, "math": {"math_verify_impl"}, "custom": {"reward"}},
+        "env": {"on_failure": True, "math": {"math_verify_impl"}, "custom": {"reward", "reply"}},
     }
 
     policy: RolloutPolicyConfig = RolloutPolicyConfig()
@@ -205,6 +205,12 @@ class GRPOTree(RunTree):
     def training_cluster(self) -> ClusterConfig:
         """The machines of the policy: all, or what the engines leave."""
         return self.policy.generation.training_part(self.cluster)
+
+    @property
+    def max_response_tokens(self) -> int:
+        """The most tokens that the model writes in one rollout, where there is room for them."""
+        in_turns = self.grpo.max_rollout_turns * self.policy.max_new_tokens
+        return min(in_turns, self.policy.max_model_len)
 
     @property
     def updates_per_step(self) -> int:
@@ -257,7 +263,7 @@ class GRPOTree(RunTree):
 
     def _length_conflicts(self) -> Iterator[Conflict]:
         """Prompts that leave no room for a response; penalties that begin beyond the end."""
-        shaping, longest = self.grpo.reward_shaping, self.policy.max_new_tokens
+        shaping, longest = self.grpo.reward_shaping, self.max_response_tokens
         prompt = self.data.max_input_seq_length
         longest_sequence = self.policy.max_total_sequence_length
         if prompt is not None and self.policy.max_model_len < prompt <= longest_sequence:
@@ -281,14 +287,25 @@ class GRPOTree(RunTree):
             )
 
     def _environment_conflicts(self) -> Iterator[Conflict]:
+        """Functions that are not named; turns that nobody replies in, and replies without turns."""
+        turns, has_turns = "grpo.max_rollout_turns", self.grpo.max_rollout_turns > 1
+        custom, stops = self.env.custom, "policy.generation.stop_strings"
+        replies = False
         for path, source in self.data.sources().items():
-            judge = self.data.judge(source)
-            if judge == "custom" and self.env.custom.reward is None:
+            judge, name = self.data.judge(source), f"{path}.env_name"
+            replies |= judge == "calculator" or judge == "custom" and custom.reply is not None
+            if judge == "custom" and custom.reward is None:
+                yield Conflict(("env.custom.reward", name), "say which function gives rewards")
+            if judge == "calculator" and not has_turns:
                 yield Conflict(
-                    ("env.custom.reward", f"{path}.env_name"), "say which function gives rewards"
-                )
-            if judge == "calculator" and self.grpo.max_rollout_turns == 1:
-                yield Conflict(
-                    ("grpo.max_rollout_turns", f"{path}.env_name"),
+                    (turns, name),
                     "who calls the calculator must be able to read the result: at least 2 turns",
                 )
+            if judge == "calculator" and END_OF_CALL not in self.policy.generation.stop_strings:
+                yield Conflict(
+                    (stops, name), f"an answer must end where a call does: add {END_OF_CALL!r}"
+                )
+        if custom.reply is not None and not has_turns:
+            yield Conflict((turns, "env.custom.reply"), "no reply is read: at least 2 turns")
+        if has_turns and not replies:
+            yield Conflict((turns, "data.default.env_name"), "no environment of this run replies")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_like.data.faults import RowError, shorten
 from nemo_like.data.messages import Message
+from nemo_like.errors import ConfigError
 from nemo_like.types import Example, Prompt
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ Span = tuple[int, int]
 """First character, and the one after the last."""
 _MARK = "\ue000\ue001\ue002"
 """Stands in for an assistant's words while they are located: private characters, in no template."""
+
+_NO_REPLIES = (
+    "policy.tokenizer.chat_template can not render an environment's reply as the message after the "
+    "assistant's, as grpo.max_rollout_turns needs it"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,30 @@ class ChatEncoder:
         if not ids:
             raise RowError("empty prompt")
         return Prompt(index, tuple(ids), text, messages[last]["content"])
+
+    def reply_ids(self, text: str, *, ended_by: int | None) -> list[int]:
+        """The tokens of an environment's reply, to stand between two answers of the model.
+
+        After a message that the model ended with the token `ended_by` it is the next message, of
+        role `user`, with all that the template puts around it; else it goes on where the model
+        stopped, with nothing around it. Special tokens in it are text of this reply, and are taken
+        for what they are.
+
+        Raises:
+            ConfigError: the template has no place for a message after the assistant's.
+        """
+        if ended_by is None or self.tokenizer.chat_template is None:
+            return self._ids(text)
+        before = [Message(role="user", content=""), Message(role="assistant", content=_MARK)]
+        try:
+            rendered = self._render([*before, Message(role="user", content=text)], generation=True)
+        except RowError as error:
+            raise ConfigError(f"{_NO_REPLIES}: {error}") from error
+        _, mark, after = rendered.partition(_MARK)
+        if not mark:
+            raise ConfigError(f"{_NO_REPLIES}: it leaves out what the assistant said before")
+        # The model has written the end of its message itself.
+        return self._ids(after.removeprefix(str(self.tokenizer.convert_ids_to_tokens(ended_by))))
 
     def _render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
         if self.tokenizer.chat_template is None:

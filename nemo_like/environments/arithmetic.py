@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from nemo_like.interfaces import Environment
 from nemo_like.types import Rollout
 
 _ANSWER = re.compile(r"Answer: ?(-?[0-9]{1,18})(?![0-9])")
@@ -17,7 +18,7 @@ def last_answer(text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-class ArithmeticEnvironment:
+class ArithmeticEnvironment(Environment):
     """Reward 1 where the last `Answer: N` of a rollout is the expected number, else 0.
 
     What is expected is a number, or a solution that ends with `Answer: N`.
@@ -32,6 +33,3 @@ class ArithmeticEnvironment:
         gold = rollout.prompt.answer.strip()
         expected = int(gold) if _NUMBER.fullmatch(gold) else last_answer(gold)
         return expected is not None and last_answer(rollout.text) == expected
-
-    def close(self) -> None:
-        """Nothing: an environment without processes."""

@@ -1,4 +1,4 @@
-"""Rewards by a function, in processes with limits of time and memory."""
+"""Rewards and replies by functions, in processes with limits of time and memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
+from typing import Any, Literal
 
 from nemo_like.config.environments import RewardWorkersConfig
 from nemo_like.errors import ConfigError, DataError, WorkerError
+from nemo_like.interfaces import Environment
 from nemo_like.types import Rollout
 
 _WORKER = "nemo_like.environments.reward_worker"
@@ -25,27 +27,32 @@ _END_S = 10.0
 _SHOWN = 200
 """Characters of a prompt and of an answer in a report."""
 
+Role = Literal["reward", "reply"]
+"""What a function is for."""
 Say = Callable[[str], object]
 """Told what the user should know of, in a sentence."""
 
 
-class FunctionEnvironment:
-    """Rewards from a function of prompt, answer and what is expected, one sample at a time.
+class FunctionEnvironment(Environment):
+    """Rewards, and perhaps replies, from functions of prompt, answer and what is expected.
 
-    The function runs in other processes. One that takes longer than `limits.timeout_s`, or dies, is
-    replaced. A reward fails if the function raises, hangs, takes its process along, or returns
-    anything but one finite number.
+    They are called with one sample at a time, in other processes. One that takes longer than
+    `limits.timeout_s`, or dies, is replaced. A reward fails if its function raises, hangs, takes
+    its process along, or returns anything but one finite number; a reply, if its function does, or
+    returns anything but a text or None.
 
     Args:
         reward: Import path `package.module:function`.
-        limits: How many processes, and what a reward may cost.
+        limits: How many processes, and what a reward or a reply may cost.
         key: Where the configuration of `limits` stands, for messages.
-        failure_reward: The reward where one fails; None ends the run instead.
-        say: Told of rewards that failed, once per call of `score`, where that does not end the run.
-        options: Keyword arguments of the function.
+        failure_reward: The reward where one fails, and the leave to go on without a reply where
+            that fails; None ends the run instead.
+        say: Told of what failed, once per call, where that does not end the run.
+        options: Keyword arguments of the reward.
+        reply: Import path of what replies; None is an environment of single answers.
 
     Raises:
-        ConfigError: the function can not be imported, or not be called with three arguments.
+        ConfigError: a function can not be imported, or not be called with three arguments.
     """
 
     def __init__(
@@ -57,11 +64,14 @@ class FunctionEnvironment:
         failure_reward: float | None,
         say: Say,
         options: Mapping[str, object] | None = None,
+        reply: str | None = None,
     ):
-        self._reward, self._key = reward, key
-        self._failure_reward, self._say = failure_reward, say
+        self._paths: dict[Role, str] = {"reward": reward}
+        if reply is not None:
+            self._paths["reply"] = reply
+        self._key, self._failure_reward, self._say = key, failure_reward, say
         self._processes = [
-            _Process(reward, limits, options or {}) for _ in range(limits.num_workers)
+            _Process(self._paths, limits, options or {}) for _ in range(limits.num_workers)
         ]
         self._idle: SimpleQueue[_Process] = SimpleQueue()
         for process in self._processes:
@@ -70,8 +80,9 @@ class FunctionEnvironment:
             problem = process.wait_ready()
             if problem:
                 self.close()
+                roles = " and ".join(f"{path} can not be a {r}" for r, path in self._paths.items())
                 raise ConfigError(
-                    f"{key}: {reward} can not be a reward: {problem}; expected a function of "
+                    f"{key}: {roles}: {problem}; expected a function of "
                     f"prompt, answer and what is expected, whose import takes less than {key}."
                     f"memory_gb={limits.memory_gb:g} and {_START_S:g} s, in a module that is "
                     "installed or in the folder that the run is started from"
@@ -85,60 +96,88 @@ class FunctionEnvironment:
             DataError: a reward failed, and that ends the run.
             WorkerError: a process that had to be replaced does not start again.
         """
-        rewards, failures = list[float](), list[str]()
+        if self._failure_reward is None:
+            return self._ask("reward", rollouts, None, "")
+        consequence = f"rewards failed, and are {self._failure_reward:g} instead"
+        return self._ask("reward", rollouts, self._failure_reward, consequence)
+
+    def reply(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        """What each rollout goes on with, in order; None where it is complete.
+
+        Raises:
+            DataError: a reply failed, and that ends the run.
+            WorkerError: as for `score`.
+        """
+        if "reply" not in self._paths:
+            return super().reply(rollouts)
+        return self._ask(
+            "reply", rollouts, None, "replies failed, and those rollouts end without them"
+        )
+
+    def _ask(
+        self, role: Role, rollouts: Sequence[Rollout], instead: Any, consequence: str
+    ) -> list[Any]:
+        """What the function of this role says to each, or `instead` where it fails."""
+        values, failures = list[Any](), list[str]()
         with ThreadPoolExecutor(len(self._processes)) as threads:
-            waiting = [threads.submit(self._judge, rollout) for rollout in rollouts]
+            waiting = [threads.submit(self._ask_one, role, rollout) for rollout in rollouts]
             try:
-                for rollout, judgement in zip(rollouts, waiting, strict=True):
-                    reward, problem = judgement.result()
-                    if reward is None:
-                        failures.append(self._report(rollout, problem))
-                        reward = self._instead(failures[-1])
-                    rewards.append(reward)
+                for rollout, answer in zip(rollouts, waiting, strict=True):
+                    value, problem = answer.result()
+                    if problem:
+                        failures.append(self._report(role, rollout, problem))
+                        value = instead
+                    values.append(value)
             finally:
                 threads.shutdown(cancel_futures=True)
         if failures:
-            self._say(
-                f"{len(failures)} of {len(rollouts)} rewards failed, and are "
-                f"{self._failure_reward:g} instead. The first: {failures[0]}"
-            )
-        return rewards
+            self._say(f"{len(failures)} of {len(rollouts)} {consequence}. The first: {failures[0]}")
+        return values
 
     def close(self) -> None:
         """End the processes; safe to call twice."""
         for process in self._processes:
             process.close()
 
-    def _judge(self, rollout: Rollout) -> tuple[float | None, str]:
+    def _ask_one(self, role: Role, rollout: Rollout) -> tuple[Any, str]:
         process = self._idle.get()
         try:
-            return process.ask([rollout.prompt.text, rollout.text, rollout.prompt.answer])
+            return process.ask(role, [rollout.prompt.text, rollout.text, rollout.prompt.answer])
         finally:
             self._idle.put(process)
 
-    def _report(self, rollout: Rollout, problem: str) -> str:
-        return (
-            f"{self._reward} {problem}, for the answer {rollout.text[:_SHOWN]!r} to the prompt "
-            f"{rollout.prompt.text[:_SHOWN]!r}"
-        )
+    def _report(self, role: Role, rollout: Rollout, problem: str) -> str:
+        """What went wrong with which sample.
 
-    def _instead(self, report: str) -> float:
+        Raises:
+            DataError: with just that, if a failure ends the run.
+        """
+        report = (
+            f"{self._paths[role]} {problem}, for the answer {rollout.text[:_SHOWN]!r} to the "
+            f"prompt {rollout.prompt.text[:_SHOWN]!r}"
+        )
         if self._failure_reward is None:
             raise DataError(
                 f"{report}. Mend the function, change {self._key}.timeout_s or {self._key}."
                 "memory_gb, or set env.on_failure=score to go on with env.failure_reward"
+                + (" and without the reply" if role == "reply" else "")
             )
-        return self._failure_reward
+        return report
 
 
 class _Process:
     """One process; `ask` starts it anew where it was lost."""
 
-    def __init__(self, reward: str, limits: RewardWorkersConfig, options: Mapping[str, object]):
-        self._reward = reward
+    def __init__(
+        self,
+        paths: Mapping[Role, str],
+        limits: RewardWorkersConfig,
+        options: Mapping[str, object],
+    ):
+        self._functions = " and ".join(paths.values())
         self._timeout_s = limits.timeout_s
         memory_bytes = int(limits.memory_gb * 2**30)
-        self._command = [sys.executable, "-m", _WORKER, reward, str(limits.timeout_s)]
+        self._command = [sys.executable, "-m", _WORKER, json.dumps(paths), str(limits.timeout_s)]
         self._command += [str(memory_bytes), json.dumps(dict(options))]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -157,8 +196,8 @@ class _Process:
         """What keeps it from starting, or nothing."""
         return self._reply(_START_S)[1]
 
-    def ask(self, sample: list[str]) -> tuple[float | None, str]:
-        """The reward of prompt, answer and what is expected; or None, and what went wrong.
+    def ask(self, role: Role, sample: list[str]) -> tuple[Any, str]:
+        """What that function makes of prompt, answer and what is expected; or what went wrong.
 
         Raises:
             WorkerError: it was lost, and does not start again.
@@ -168,14 +207,15 @@ class _Process:
             self.start()
             problem = self.wait_ready()
             if problem:
-                raise WorkerError(f"the process of the reward {self._reward}, once lost: {problem}")
+                raise WorkerError(f"the process of {self._functions}, once lost: {problem}")
         assert self._process and self._process.stdin
         deadline = time.monotonic() + self._timeout_s
         with suppress(BrokenPipeError):  # then it is dead, and there is no reply
-            _send(self._process.stdin.fileno(), json.dumps(sample).encode() + b"\n", deadline)
+            request = json.dumps([role, *sample]).encode() + b"\n"
+            _send(self._process.stdin.fileno(), request, deadline)
         return self._reply(self._timeout_s)
 
-    def _reply(self, timeout_s: float) -> tuple[float | None, str]:
+    def _reply(self, timeout_s: float) -> tuple[Any, str]:
         """What it says; if it does not in time, it is killed."""
         assert self._process and self._process.stdout
         poll = select.poll()
@@ -183,8 +223,8 @@ class _Process:
         is_there = poll.poll(timeout_s * 1000)
         line = self._process.stdout.readline() if is_there else b""
         if line:
-            reward, problem = json.loads(line)
-            return reward, problem
+            value, problem = json.loads(line)
+            return value, problem
         if is_there:
             problem = f"took its process along ({self._exit_status()})"
         else:

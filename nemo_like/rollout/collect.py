@@ -54,32 +54,34 @@ def rewards_of(groups: Sequence[Group]) -> Tensor:
 
 
 def lengths_of(groups: Sequence[Group]) -> Tensor:
-    """Tokens of each completion. Shapes: [P, G]."""
-    return torch.tensor([[len(r.token_ids) for r in group.rollouts] for group in groups])
+    """Tokens that the model wrote in each rollout. Shapes: [P, G]."""
+    return torch.tensor([[r.num_sampled for r in group.rollouts] for group in groups])
 
 
 def truncated(groups: Sequence[Group]) -> Tensor:
-    """Completions that ended at their length limit. Shapes: [P, G], bool."""
+    """Rollouts that ended at a limit of length. Shapes: [P, G], bool."""
     return torch.tensor([[r.finish_reason == "length" for r in g.rollouts] for g in groups])
 
 
 def rollout_batch(
     groups: Sequence[Group], advantages_PG: Tensor, counted_PG: Tensor | None = None
 ) -> TrainBatch:
-    """Prompts with completions, each token of a completion with its sample's advantage.
+    """Prompts with rollouts, each token that the model wrote with its sample's advantage.
 
-    Samples that `counted_PG` (bool) is false for stay in the batch and count in nothing.
+    Tokens of prompts and replies count in nothing; neither do samples that `counted_PG` (bool) is
+    false for, which stay in the batch.
     """
     examples, counted, sampled, advantages = [], [], [], []
     for p, group in enumerate(groups):
         for g, rollout in enumerate(group.rollouts):
-            before, length = len(group.prompt.token_ids), len(rollout.token_ids)
+            before, is_sampled = len(group.prompt.token_ids), rollout.is_sampled
             counts = counted_PG is None or bool(counted_PG[p, g])
-            mask = (False,) * before + (counts,) * length
+            mask = (False,) * before + tuple(own and counts for own in is_sampled)
             examples.append(Example(group.prompt.token_ids + rollout.token_ids, mask))
             counted.append(counts)
             sampled += [0.0] * before + list(rollout.sampled_logprobs)
-            advantages += [0.0] * before + [float(advantages_PG[p, g])] * length
+            advantage = float(advantages_PG[p, g])
+            advantages += [0.0] * before + [advantage if own else 0.0 for own in is_sampled]
     return replace(
         TrainBatch.of(examples),
         num_sequences=sum(counted),
@@ -91,11 +93,13 @@ def rollout_batch(
 def rollout_metrics(groups: Sequence[Group]) -> Metrics:
     """What came out: rewards, lengths, and how many groups can teach anything."""
     rewards, lengths = rewards_of(groups), lengths_of(groups).double()
+    turns = [rollout.num_turns for group in groups for rollout in group.rollouts]
     return {
         "reward": Metric(float(rewards.mean())),
         "reward_std": Metric(float(rewards.std(correction=0))),
         "mixed_groups": Metric(float(has_signal(rewards).double().mean())),
         "mean_gen_tokens_per_sample": Metric(float(lengths.mean())),
         "max_gen_tokens_per_sample": Metric(float(lengths.amax())),
+        "avg_turns_per_sample": Metric(sum(turns) / len(turns)),
         "truncation_rate": Metric(float(truncated(groups).double().mean())),
     }

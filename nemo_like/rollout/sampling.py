@@ -136,6 +136,16 @@ def stream_seed(seed: int, *, prompt_index: int, sample: int) -> int:
     return int(state[0]) >> 1
 
 
+def turn_seed(seed: int, turn: int) -> int:
+    """The seed of a turn of rollouts whose first turn, number 0, has `seed`.
+
+    63 bits of numpy's `SeedSequence` of the two numbers for the later ones.
+    """
+    if turn == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, turn]).generate_state(1, np.uint64)[0]) >> 1
+
+
 def uniforms(seed: int, *, prompt_index: int, sample: int, count: int) -> Tensor:
     """Numbers in [0, 1) that belong to one sample of one prompt.
 

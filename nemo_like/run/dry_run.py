@@ -109,6 +109,8 @@ def _rollout_facts(tree: GRPOTree) -> dict[str, str]:
     """What a run that draws its own data has besides."""
     grpo, policy = tree.grpo, tree.policy
     engines = f"{policy.generation.backend}, responses of at most {policy.max_new_tokens} tokens"
+    if grpo.max_rollout_turns > 1:
+        engines += f", {grpo.max_rollout_turns} of them in a rollout"
     facts = {
         "algorithm": "DAPO" if grpo.is_dapo else "GRPO",
         "rollouts of a step": f"{grpo.num_prompts_per_step} prompts x "

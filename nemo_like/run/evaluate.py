@@ -20,7 +20,7 @@ from nemo_like.observability.console import RunConsole
 from nemo_like.observability.metrics import flatten
 from nemo_like.observability.records import Table
 from nemo_like.run.build import engines_alone
-from nemo_like.run.environments import build_environments
+from nemo_like.run.environments import build_environments, with_turns
 from nemo_like.run.grpo import begun_with, install_engine, load_rollout_data, validator
 from nemo_like.run.session import Session
 
@@ -72,7 +72,8 @@ def dry_run_evaluate(tree: GRPOTree) -> int:
     sampled = f"{count} at temperature {generation.temperature:g} for pass@{count}"
     facts = {
         "model": str(folder),
-        "engines": f"{generation.backend}, at most {tree.policy.max_new_tokens} tokens",
+        "engines": f"{generation.backend}, at most {tree.policy.max_new_tokens} tokens"
+        f" in each of at most {tree.grpo.max_rollout_turns} turn(s)",
         "problems": f"at most {tree.grpo.max_val_samples} of {', '.join(tree.data.held_out())}",
         "answers": "1, greedy" if count == 1 else f"1, greedy, and {sampled}",
         "logs": tree.logger.log_dir,
@@ -118,5 +119,6 @@ def _evaluate(tree: GRPOTree, session: Session, stack: ExitStack) -> int:
     session.say("data: reading and tokenising")
     data = load_rollout_data(tree)
     weights = SavedWeights(tree.policy)
+    generator = with_turns(generator, environment, data.encoder, tree)
     metrics = validator(tree, weights, generator, environment, data, session)(0)
     return session.finish_evaluation(flatten(metrics))

@@ -28,7 +28,7 @@ from nemo_like.losses.clipped_pg import ClippedPG
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Answer
 from nemo_like.run.build import Batchings, machines, policy_factory
-from nemo_like.run.environments import build_environments
+from nemo_like.run.environments import build_environments, with_turns
 from nemo_like.run.rollouts import agreement_check, build_rollouts, sampling_of
 from nemo_like.run.session import Session, read_model_config
 from nemo_like.run.sft import run_sft
@@ -38,11 +38,12 @@ from nemo_like.types import Metric, Metrics, Prompt, SamplingParams
 
 @dataclass(frozen=True)
 class RolloutData:
-    """What a run asks, and what decodes and ends the answers."""
+    """What a run asks, what ends the answers, and what encodes replies to them."""
 
     loader: Loader[Prompt]
     validation: list[Prompt]
     tokenizer: Any
+    encoder: ChatEncoder
     warning: str | None
     tokens_per_prompt: float
 
@@ -51,7 +52,6 @@ def run_grpo(tree: GRPOTree) -> int:
     """Train as configured, from a supervised run's weights where they are asked for; exit code."""
     console = RunConsole()
     try:
-        _refuse_unbuilt(tree)
         install_engine(tree, console.say)
         if file := tree.policy.sft_config:
             weights = _first_weights(tree)
@@ -70,15 +70,6 @@ def run_grpo(tree: GRPOTree) -> int:
         console.error(error, last_checkpoint=None, next_command=None)
         return error.exit_code
     return Session(tree).run(lambda session, stack: _train(tree, session, stack))
-
-
-def _refuse_unbuilt(tree: GRPOTree) -> None:
-    """What the configuration may say, and this version can not do yet."""
-    if tree.grpo.max_rollout_turns > 1:
-        raise ConfigError(
-            f"grpo.max_rollout_turns={tree.grpo.max_rollout_turns}: this version draws one answer "
-            "per rollout; set it to 1"
-        )
 
 
 def install_engine(tree: GRPOTree, say: Callable[[str], object]) -> None:
@@ -161,10 +152,11 @@ def _train(tree: GRPOTree, session: Session, stack: ExitStack) -> int:
     total_steps = num_steps(tree, data.loader)
     facts = world.policy.begin(total_steps)
     assert world.generator is not None
+    generator = with_turns(world.generator, environment, data.encoder, tree)
     rollouts = build_rollouts(
         tree,
         world.policy,
-        world.generator,
+        generator,
         environment,
         data.loader,
         sampling_of(tree, data.tokenizer),
@@ -178,9 +170,9 @@ def _train(tree: GRPOTree, session: Session, stack: ExitStack) -> int:
         data=data.loader,
         beside=rollouts,
         total_steps=total_steps,
-        tokens_per_sequence=data.tokens_per_prompt + tree.policy.max_new_tokens / 2,
+        tokens_per_sequence=data.tokens_per_prompt + tree.max_response_tokens / 2,
     )
-    validate = validator(tree, world.policy, world.generator, environment, data, session)
+    validate = validator(tree, world.policy, generator, environment, data, session)
 
     def validate_apart(step: int) -> Metrics:
         rollouts.settle()  # a validation has the engines to itself
@@ -254,6 +246,7 @@ def load_rollout_data(tree: GRPOTree) -> RolloutData:
         loader,
         _held_out(found.validation, tree.grpo.max_val_samples),
         tokenizer,
+        encoder,
         found.warning,
         sum(lengths) / len(lengths),
     )
@@ -290,7 +283,7 @@ def num_steps(tree: GRPOTree, loader: Loader[Prompt]) -> int:
 def _with_response_length(tree: GRPOTree) -> Any:
     """The algorithm's block, with the length at which a response has its full penalty."""
     shaping = tree.grpo.reward_shaping
-    longest = shaping.max_response_length or tree.policy.max_new_tokens
+    longest = shaping.max_response_length or tree.max_response_tokens
     shaping = shaping.model_copy(update={"max_response_length": longest})
     return tree.grpo.model_copy(update={"reward_shaping": shaping})
 
@@ -324,8 +317,8 @@ def validator(
             return {}
         found = ask(greedy)
         session.show_answers(
-            Answer(step, r.prompt.text, r.text, r.prompt.answer, reward == 1.0)
-            for r, reward in zip(found.rollouts, found.rewards, strict=True)
+            Answer.of(rollout, reward, step)
+            for rollout, reward in zip(found.rollouts, found.rewards, strict=True)
         )
         metrics = found.metrics()
         if num_samples > 1:

@@ -191,8 +191,8 @@ def _validator(
         for prompts, environment in asked:
             found = evaluate(world.policy, world.generator, environment, prompts, sampling)
             session.show_answers(
-                Answer(step, r.prompt.text, r.text, r.prompt.answer, reward == 1.0)
-                for r, reward in zip(found.rollouts, found.rewards, strict=True)
+                Answer.of(rollout, reward, step)
+                for rollout, reward in zip(found.rollouts, found.rewards, strict=True)
             )
             metrics = reduce([metrics, found.metrics()])
         return metrics

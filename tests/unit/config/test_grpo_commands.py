@@ -43,7 +43,10 @@ ALSO = {
     "loss_fn.reference_policy_kl_penalty=0.001 grpo.adv_estimator.minus_baseline=false",
     "a machine without vLLM": "policy.generation.backend=hf cluster.launcher=local",
     "a reward of one's own": "data.default.env_name=custom env.custom.reward=mine.rewards:short",
-    "a calculator": "data.default.env_name=calculator grpo.max_rollout_turns=3",
+    "a calculator": "data.default.env_name=calculator grpo.max_rollout_turns=3 "
+    "'policy.generation.stop_strings=[\"</calc>\"]'",
+    "replies of one's own": "data.default.env_name=custom env.custom.reward=mine.rewards:short "
+    "env.custom.reply=mine.rewards:hint grpo.max_rollout_turns=2",
 }
 
 

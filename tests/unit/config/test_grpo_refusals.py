@@ -7,6 +7,7 @@ import pytest
 from nemo_like.config.grpo import GRPOTree
 
 GEN = "policy.generation"
+CALLS_END = f"{GEN}.stop_strings=['</calc>']"
 APART = f"{GEN}.colocated.enabled=false"
 OWN = f"{GEN}.colocated.resources"
 SHAPE = "grpo.reward_shaping"
@@ -253,8 +254,20 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("env.custom.reward", "data.train.env_name"),
     ),
     "a calculator whose result is not read": (
-        ("data.validation.env_name=calculator",),
+        ("data.validation.env_name=calculator", CALLS_END),
         ("grpo.max_rollout_turns", "data.validation.env_name"),
+    ),
+    "a calculator whose calls do not end": (
+        ("data.train.env_name=calculator", "grpo.max_rollout_turns=2"),
+        (f"{GEN}.stop_strings", "data.train.env_name"),
+    ),
+    "replies that nobody reads": (
+        ("data.default.env_name=custom", "env.custom.reward=a:b", "env.custom.reply=a:c"),
+        ("grpo.max_rollout_turns", "env.custom.reply"),
+    ),
+    "turns without replies": (
+        ("grpo.max_rollout_turns=2",),
+        ("grpo.max_rollout_turns", "data.default.env_name"),
     ),
     "nothing to rank by": (
         ("data.validation=null",),

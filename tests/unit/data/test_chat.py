@@ -10,6 +10,7 @@ from nemo_like.config.policy import TokenizerConfig
 from nemo_like.data.chat import _MARK, ChatEncoder
 from nemo_like.data.faults import RowError
 from nemo_like.data.tokenizer import load_tokenizer
+from nemo_like.errors import ConfigError
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -207,3 +208,22 @@ def test_any_text_is_masked_exactly(texts):
 
 def test_an_encoder_travels_to_other_processes(encoder):
     assert pickle.loads(pickle.dumps(encoder)).encode(TALK) == encoder.encode(TALK)
+
+
+@pytest.mark.parametrize("template", ["default", CHATML])
+def test_a_reply_after_a_message_is_what_the_template_has_between_two_answers(template):
+    encoder = encoder_for(template)
+    question, end = {"role": "user", "content": "7+5?"}, encoder.tokenizer.eos_token_id
+    answer, reply = {"role": "assistant", "content": "13"}, {"role": "user", "content": "No."}
+    prompt = encoder.prompt([question, answer], 0)
+    said = prompt.token_ids + tuple(encoder._ids("13<|im_end|>"))
+    whole = encoder.prompt([question, answer, reply, answer], 0)
+    assert said + tuple(encoder.reply_ids("No.", ended_by=end)) == whole.token_ids
+    assert encoder.tokenizer.decode(encoder.reply_ids("12\n", ended_by=None)) == "12\n"
+
+
+def test_a_template_without_a_place_for_replies_is_refused_by_key():
+    hides = encoder_for("{% if true %}{{ messages[0]['content'] }}{% endif %}")
+    for encoder in (hides, encoder_for("{% for m in messages %}{{ m.no.such }}{% endfor %}")):
+        with pytest.raises(ConfigError, match="chat_template can not.*max_rollout_turns"):
+            encoder.reply_ids("No.", ended_by=encoder.tokenizer.eos_token_id)

@@ -45,6 +45,13 @@ def misbehave(prompt, answer, expected):
     values = {"nan": float("nan"), "inf": float("inf"), "none": None, "list": [1.0], "true": True}
     return values[answer] if answer in values else float(answer == expected)
 
+def hint(prompt, answer, expected):
+    """What the answer asks for, in a text where there is something to say."""
+    if "twice" in answer:
+        return None
+    misbehave(prompt, answer, expected)
+    return 7 if answer == "number" else f"not {answer}"
+
 def of_two(prompt, answer):
     return 1.0
 
@@ -73,7 +80,7 @@ def make(folder):
     """Environments that are closed at the end; `make.said` is what they said."""
     made = []
 
-    def make(reward="strange:misbehave", *, failure_reward=None, **costs):
+    def make(reward="strange:misbehave", *, failure_reward=None, reply=None, **costs):
         made.append(
             FunctionEnvironment(
                 reward,
@@ -81,6 +88,7 @@ def make(folder):
                 key="env.custom",
                 failure_reward=failure_reward,
                 say=make.said.append,
+                reply=reply,
             )
         )
         return made[-1]
@@ -218,13 +226,13 @@ def test_what_can_not_be_a_reward_is_refused_at_once(make, reward, what):
 
 
 def test_a_process_whose_run_is_gone_ends_even_in_the_middle_of_a_reward(folder):
-    arguments = ["strange:misbehave", "0.2", str(1 << 29), "{}"]
+    arguments = ['{"reward": "strange:misbehave"}', "0.2", str(1 << 29), "{}"]
     process = subprocess.Popen(
         [sys.executable, "-m", reward_worker.__name__, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )
-    process.stdin.write(b'["", "sleep", ""]\n')
+    process.stdin.write(b'["reward", "", "sleep", ""]\n')
     process.stdin.close()
     assert process.wait(timeout=10) != 0
 
@@ -237,3 +245,33 @@ def test_a_closed_environment_has_no_processes(make):
     environment.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_replies_come_from_the_same_processes_and_keep_to_the_same_limits(make):
+    environment = make(reply="strange:hint", failure_reward=0.5, timeout_s=0.3)
+    answers = ["no", "twice", "sleep", "raise", "exit", "number", "maybe"]
+    replies = environment.reply([rollout(answer) for answer in answers])
+    assert replies == ["not no", None, None, None, None, None, "not maybe"]
+    (told,) = make.said
+    assert told.startswith("4 of 7 replies failed, and those rollouts end without them. The ")
+    assert "strange:hint took more than 0.3 s, for the answer 'sleep' to the prompt" in told
+    assert environment.score([rollout("yes")]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [("raise", "raised ValueError"), ("number", "returned 7, expected a text or None")],
+)
+def test_a_failed_reply_ends_the_run_with_its_sample(make, answer, what):
+    environment = make(reply="strange:hint")
+    with pytest.raises(DataError, match=rf"strange:hint {what}.*'{answer}'.*without the reply"):
+        environment.reply([rollout("no"), rollout(answer)])
+
+
+def test_without_a_function_for_replies_there_are_none(make):
+    assert make().reply([rollout("no")]) == [None]
+
+
+def test_what_can_not_be_a_reply_is_refused_at_once(make):
+    with pytest.raises(ConfigError, match="strange:absent can not be a reply: .*no attribute"):
+        make(reply="strange:absent")

@@ -35,10 +35,9 @@ def test_environments_are_built_for_the_names_that_are_asked_for():
 @pytest.mark.parametrize(
     ("name", "env", "what"),
     [
-        ("calculator", {}, "single answers.*use arithmetic, math or custom"),
         ("custom", {}, "env.custom.reward is not set"),
         ("custom", {"custom": {"reward": "no_such_module:f"}}, "No module named 'no_such_module'"),
-        ("riddles", {}, "there are arithmetic, math and custom"),
+        ("riddles", {}, "there are arithmetic, math, calculator and custom"),
     ],
 )
 def test_an_environment_that_can_not_be_had_is_refused(name, env, what):
