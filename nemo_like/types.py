@@ -106,6 +106,11 @@ class Rollout:
         return len(self.replies) + 1
 
     @property
+    def latest(self) -> str:
+        """The text of the model's latest answer."""
+        return self.text[self.replies[-1].characters.stop :] if self.replies else self.text
+
+    @property
     def num_sampled(self) -> int:
         """Tokens that the model wrote."""
         return len(self.token_ids) - sum(len(reply.tokens) for reply in self.replies)

@@ -29,12 +29,12 @@ class CalculatorEnvironment(ArithmeticEnvironment):
     """
 
     def reply(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        """The value or `error` where the rollout ends in a call, None elsewhere."""
-        return [self._reply(rollout.text) for rollout in rollouts]
+        """The value or `error` where the latest answer ends in a call, None elsewhere."""
+        return [self._reply(rollout.latest) for rollout in rollouts]
 
     @staticmethod
-    def _reply(text: str) -> str | None:
-        call = _CALL.search(text)
+    def _reply(answer: str) -> str | None:
+        call = _CALL.search(answer)
         if call is None:
             return None
         value = calculated(call[1])

@@ -3,11 +3,13 @@ import warnings
 import pytest
 
 from nemo_like.environments.calculator import CalculatorEnvironment, calculated
-from nemo_like.types import Prompt, Rollout
+from nemo_like.types import Prompt, Reply, Rollout
 
 
-def rollout(text):
-    return Rollout(Prompt(0, (1,), "", "84"), (1,), (0.0,), text, "stop", 0)
+def rollout(text, *, replied=0):
+    """A rollout with this text, whose first `replied` characters were there before."""
+    replies = (Reply(range(0, 1), range(0, replied)),) if replied else ()
+    return Rollout(Prompt(0, (1,), "", "84"), (1, 2), (0.0,) * 2, text, "stop", 0, replies)
 
 
 @pytest.mark.parametrize(
@@ -41,18 +43,19 @@ def test_what_is_no_sum_of_its_kind_has_no_value(expression):
 
 
 def test_it_replies_to_a_call_at_the_end_and_to_nothing_else():
-    replies = CalculatorEnvironment().reply(
-        [
-            rollout("<calc>12*7</calc>"),
-            rollout("<calc>12*7</calc>84\n<calc>84+1</calc>"),
-            rollout("<calc>12*</calc>"),
-            rollout("<calc>12*7</calc>84\nAnswer: 84<"),
-            rollout("<calc>12*7"),
-            rollout("Answer: 84"),
-            rollout(""),
-        ]
-    )
-    assert replies == ["84\n", "85\n", "error\n", None, None, None, None]
+    before = "<calc>12*7</calc>84\n"
+    said = [
+        rollout("<calc>12*7</calc>"),
+        rollout(f"{before}<calc>84+1</calc>", replied=len(before)),
+        rollout("<calc>12*</calc>"),
+        rollout(f"{before}Answer: 84", replied=len(before)),  # what it was told is no call
+        rollout("<calc>12*7</calc> is <b>"),
+        rollout("<calc>12*7"),
+        rollout("Answer: 84"),
+        rollout(""),
+    ]
+    expected = ["84\n", "85\n", "error\n", None, None, None, None, None]
+    assert CalculatorEnvironment().reply(said) == expected
 
 
 def test_its_reward_is_for_the_last_answer():

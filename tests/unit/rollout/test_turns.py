@@ -58,6 +58,7 @@ def test_the_model_goes_on_with_what_it_had_said_and_was_told():
     ]
     assert [rollout.prompt for rollout in rollouts] == prompts
     assert [rollout.num_turns for rollout in rollouts] == [2, 1, 3]
+    assert [rollout.latest for rollout in rollouts] == ["so 42", "no", "it is 2"]
     assert [rollout.weights_version for rollout in rollouts] == [3, 3, 3], "the oldest"
 
 
