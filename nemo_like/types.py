@@ -108,19 +108,19 @@ class Rollout:
     @property
     def latest(self) -> str:
         """The text of the model's latest answer."""
-        return self.text[self.replies[-1].characters.stop :] if self.replies else self.text
+        return self.text[self.replies[-1].characters[1] :] if self.replies else self.text
 
     @property
     def num_sampled(self) -> int:
         """Tokens that the model wrote."""
-        return len(self.token_ids) - sum(len(reply.tokens) for reply in self.replies)
+        return sum(self.is_sampled)
 
     @property
     def is_sampled(self) -> tuple[bool, ...]:
         """Of each token, whether the model wrote it."""
         is_sampled = [True] * len(self.token_ids)
-        for reply in self.replies:
-            is_sampled[reply.tokens.start : reply.tokens.stop] = [False] * len(reply.tokens)
+        for start, stop in (reply.tokens for reply in self.replies):
+            is_sampled[start:stop] = [False] * (stop - start)
         return tuple(is_sampled)
 
 

@@ -43,7 +43,7 @@ class Answer:
         """A rollout as an answer, with what an environment wrote into it in guillemets."""
         text = rollout.text
         for reply in reversed(rollout.replies):
-            start, stop = reply.characters.start, reply.characters.stop
+            start, stop = reply.characters
             words = text[start:stop].strip()
             text = text[:start] + text[start:stop].replace(words, f"«{words}»", 1) + text[stop:]
         return cls(step, rollout.prompt.text, text, rollout.prompt.answer, reward == 1.0)

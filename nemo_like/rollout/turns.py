@@ -118,7 +118,7 @@ class ConversingGenerator:
         ids = self._encoder.reply_ids(reply, ended_by=last if is_message else None)
         before, written = len(rollout.token_ids), len(rollout.text)
         text = f"\n{reply}\n" if is_message else reply
-        place = Reply(range(before, before + len(ids)), range(written, written + len(text)))
+        place = Reply((before, before + len(ids)), (written, written + len(text)))
         return replace(
             rollout,
             token_ids=(*rollout.token_ids, *ids),

@@ -7,13 +7,15 @@ import pytest
 
 from nemo_like.checkpoint import rollouts
 from nemo_like.errors import CheckpointError
-from nemo_like.types import DrawnAhead, Group, Prompt, Rollout
+from nemo_like.types import DrawnAhead, Group, Prompt, Reply, Rollout
+
+REPLIES = (Reply((1, 2), (0, 1)),)
 
 
 def drawn(step):
     prompt = Prompt(3, (1, 2), 'a "prompt"\n\t\u2028', "\u00e9 \U0001f600", "math")
     samples = tuple(
-        Rollout(prompt, (5, 6, g), (-0.1, -1e-45, -math.pi * 10**g), "5", "stop", 7)
+        Rollout(prompt, (5, 6, g), (-0.1, -1e-45, -math.pi * 10**g), "5", "stop", 7, REPLIES)
         for g in range(2)
     )
     return DrawnAhead(step, step - 2, (prompt,), (Group(prompt, samples, (0.1, 1 / 3)),))

@@ -8,7 +8,7 @@ from nemo_like.types import Prompt, Reply, Rollout
 
 def rollout(text, *, replied=0):
     """A rollout with this text, whose first `replied` characters were there before."""
-    replies = (Reply(range(0, 1), range(0, replied)),) if replied else ()
+    replies = (Reply((0, 1), (0, replied)),) if replied else ()
     return Rollout(Prompt(0, (1,), "", "84"), (1, 2), (0.0,) * 2, text, "stop", 0, replies)
 
 
