@@ -12,13 +12,15 @@ from nemo_like.config.base import Conflict, Fraction, Node, NonNegative, Positiv
 EnvName = Literal["arithmetic", "math", "calculator", "custom"]
 ONE_TURN: tuple[EnvName, ...] = ("arithmetic", "math")
 """Environments that need no configuration, and judge a single answer."""
+BUNDLED = ("arithmetic", "products")
+"""Names of the problems that come with the package."""
 
 
 class DatasetConfig(Node):
     """One source of rows; unset fields fall back to `data.default`."""
 
     dataset_name: str | None = None
-    """`arithmetic` (bundled), or a name or path for `datasets.load_dataset`."""
+    """`arithmetic`, `products` (bundled), or a name or path for `datasets.load_dataset`."""
     data_path: str | None = None
     """A local .jsonl or .parquet file, or a folder of them; takes the place of `dataset_name`."""
     split: str = "train"
@@ -36,9 +38,9 @@ class DatasetConfig(Node):
     split_validation_size: Fraction = 0.0
     """Share of the rows of this training source that are held out for validation."""
     seed: NonNegative | None = None
-    """Seed of the hold-out and of the rows of `arithmetic`; null is the algorithm's seed."""
+    """Seed of the hold-out and of the bundled problems; null is the algorithm's seed."""
     num_rows: Positive | None = None
-    """Take the first rows only (of `arithmetic`: generate that many)."""
+    """Take the first rows only (of the bundled problems: generate that many)."""
     prompt_file: str | None = None
     """A text file with one `{}` that the prompt is put into."""
     system_prompt_file: str | None = None
@@ -49,7 +51,7 @@ class DatasetConfig(Node):
     @property
     def is_bundled(self) -> bool:
         """Whether the rows are the problems that come with the package."""
-        return self.data_path is None and self.dataset_name == "arithmetic"
+        return self.data_path is None and self.dataset_name in BUNDLED
 
     def conflicts(self) -> Iterator[Conflict]:
         """A source that is none, or can not be held out from."""

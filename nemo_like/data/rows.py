@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from nemo_like.config.data import DatasetConfig
-from nemo_like.data.arithmetic import generate_problems
+from nemo_like.data.arithmetic import Kind, generate_problems
 from nemo_like.data.faults import RowError, shorten
 from nemo_like.errors import ConfigError
 
@@ -35,20 +35,21 @@ def read_rows(source: DatasetConfig, *, seed: int) -> Iterator[RawRow]:
     if source.data_path is not None:
         files = _files(Path(source.data_path))
         return islice(chain.from_iterable(map(_file_rows, files)), source.num_rows)
-    if source.dataset_name == "arithmetic":
-        return _arithmetic_rows(source, seed)
+    match source.dataset_name:
+        case "arithmetic" | "products" as kind:
+            return _problem_rows(kind, source, seed)
     return islice(_hub_rows(source), source.num_rows)
 
 
-def _arithmetic_rows(source: DatasetConfig, seed: int) -> Iterator[RawRow]:
+def _problem_rows(kind: Kind, source: DatasetConfig, seed: int) -> Iterator[RawRow]:
     match source.split:
         case "train" | "validation" as split:
             num = source.num_rows or _DEFAULT_PROBLEMS[split]
         case other:
-            raise ConfigError(f"split={other} of `arithmetic`: expected train or validation")
-    for number, problem in enumerate(generate_problems(num, seed=seed, split=split), start=1):
-        value = {"input": problem.prompt, "output": problem.response}
-        yield RawRow("arithmetic", number, value)
+            raise ConfigError(f"split={other} of `{kind}`: expected train or validation")
+    problems = generate_problems(num, seed=seed, split=split, kind=kind)
+    for number, problem in enumerate(problems, start=1):
+        yield RawRow(kind, number, {"input": problem.prompt, "output": problem.response})
 
 
 def _files(path: Path) -> list[Path]:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[3]
 CONFIGS = (
     "grpo_math.yaml",
     "dapo_math.yaml",
+    "grpo_calculator.yaml",
     "grpo_math_1B.yaml",
     "recipes/llm/dapo-qwen2.5-7b.yaml",
     "recipes/llm/dapo-qwen2.5-7b.v2.yaml",

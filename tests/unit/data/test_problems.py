@@ -3,8 +3,11 @@ import re
 import pytest
 
 from nemo_like.data.arithmetic import MAX_PROBLEMS, generate_problems
+from nemo_like.environments.calculator import calculated
 from nemo_like.errors import DataError
 
+PRODUCT = re.compile(r"[1-9][0-9]\*[1-9][0-9](\+[1-9][0-9])?=\?")
+CALL = re.compile(r"<calc>([0-9*+]+)</calc>([0-9]+)")
 PROBLEM = re.compile(r"[0-9]([+-][1-9]){2,4}=\?")
 
 
@@ -51,6 +54,23 @@ def test_problems_are_all_different_and_come_from_the_seed_alone(problems):
     assert generate_problems(3000, seed=42, split="train") == problems
     assert generate_problems(3000, seed=43, split="train") != problems
     assert generate_problems(10, seed=42, split="train") == problems[:10]
+
+
+def test_products_are_right_and_half_of_them_call_the_calculator_for_every_operation():
+    problems = generate_problems(2000, seed=42, split="train", kind="products")
+    held_out = generate_problems(500, seed=42, split="validation", kind="products")
+    assert len({p.prompt for p in problems + held_out}) == 2500
+    for problem in problems:
+        assert PRODUCT.fullmatch(problem.prompt)
+        assert problem.answer == calculated(problem.prompt.removesuffix("=?"))
+        *calls, last = problem.response.split("\n")
+        assert last == f"Answer: {problem.answer}"
+        assert len(calls) in (0, len(re.findall(r"[*+]", problem.prompt)))
+        for call in calls:
+            expression, result = CALL.fullmatch(call).groups()
+            assert calculated(expression) == int(result)
+    assert 0.45 < sum("<calc>" in p.response for p in problems) / len(problems) < 0.55
+    assert 0.4 < sum("+" in p.prompt for p in problems) / len(problems) < 0.6
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
