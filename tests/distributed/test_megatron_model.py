@@ -53,6 +53,7 @@ LAYOUTS = {
         "dp, recompute": (FULL, PACKED),
         "tp, recompute attention": (TP2 | SELECTIVE, {}),
         "sp, recompute": (SP | FULL, {}),
+        "sp, recompute mlp": (SP | SELECTIVE | {"recompute_modules": ("mlp", "core_attn")}, {}),
     },
     ("qwen3", 2): {"tp": (TP2, PACKED), "sp": (SP, PACKED), "pp": (PP2, {}), "cp": (CP2, PACKED)},
     ("moe", 2): {
@@ -63,6 +64,7 @@ LAYOUTS = {
         "etp, sp": (SP | ETP2, {}),
         "ep, sp": (SP | EP2, PACKED),
         "whole experts, sp": (SP, {}),
+        "pp, recompute experts": (PP2 | SELECTIVE | {"recompute_modules": ("moe",)}, PACKED),
         "router in fp64": ({"moe_router_dtype": "fp64"}, {}),
         "routers frozen": ({"freeze_moe_router": True}, {}),
     },
@@ -301,3 +303,72 @@ def test_the_loss_that_evens_out_the_experts_is_the_same_in_every_layout(pool, e
     for layout in others:
         for name, grad in layout.items():
             assert abs(grad - first[name]).max() < 1e-4 * abs(first[name]).max(), name
+
+
+def grids_on_this_rank(keys):
+    """The ranks that a tensor cut over each dimension of a stage's grids comes from."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    from nemo_like.backends.megatron.parallel import initialize
+    from nemo_like.config.megatron import MegatronConfig
+
+    parallel = initialize(MegatronConfig(**keys), torch.device("cpu"))
+    try:
+        rank = torch.tensor([dist.get_rank()])
+        found = {"stage": (parallel.rank("pp"), parallel.is_first_stage, parallel.is_last_stage)}
+        for mesh in (parallel.stage_mesh, parallel.expert_stage_mesh):
+            for dim in mesh.mesh_dim_names:
+                cut = [Shard(0) if d == dim else Replicate() for d in mesh.mesh_dim_names]
+                whole = DTensor.from_local(rank, mesh, cut, run_check=False).full_tensor().tolist()
+                assert whole[parallel.rank(dim)] == dist.get_rank()
+                assert whole == dist.get_process_group_ranks(parallel.group(dim))
+                found[dim] = whole
+        return found
+    finally:
+        parallel.destroy()
+        parallel.destroy()
+
+
+def test_a_tensor_can_be_laid_over_the_grids_of_a_stage(pool):
+    def rows(answers, dim):
+        return [answer[dim] for answer in answers]
+
+    answers = pool(4).run(grids_on_this_rank, SP | PP2 | EP2)
+    assert rows(answers, "stage") == [(0, True, False)] * 2 + [(1, False, True)] * 2
+    assert rows(answers, "tp") == rows(answers, "ep") == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert rows(answers, "dp") == rows(answers, "edp") == [[0], [1], [2], [3]]
+    answers = pool(4).run(grids_on_this_rank, CP2 | ETP2)
+    assert rows(answers, "cp") == rows(answers, "etp") == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert rows(answers, "dp") == rows(answers, "edp") == [[0, 2], [1, 3], [0, 2], [1, 3]]
+
+
+def cpu_on_this_rank():
+    """What of torch and megatron-core differs inside and after the context; what it refuses."""
+    from unittest.mock import patch
+
+    from megatron import core
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import random
+
+    from nemo_like.backends.megatron.cpu import mcore_on_cpu
+    from nemo_like.errors import ConfigError
+
+    def state():
+        return (schedules.torch, random._get_cuda_rng_state, torch.Tensor.cuda)
+
+    before = state()
+    with mcore_on_cpu():
+        assert all(now is not then for now, then in zip(state(), before, strict=True))
+        assert torch.cuda.current_device is not schedules.torch.cuda.current_device
+    assert all(now is then for now, then in zip(state(), before, strict=True))
+    try:
+        with patch.object(core, "__version__", "0.17.0"), mcore_on_cpu():
+            return "not refused"
+    except ConfigError as error:
+        return str(error)
+
+
+def test_without_a_gpu_one_version_is_helped_and_all_is_undone_afterwards(pool):
+    for message in pool(2).run(cpu_on_this_rank):
+        assert "megatron-core 0.17.0 is installed" in message and "only 0.16.1" in message

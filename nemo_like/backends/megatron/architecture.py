@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OVERRIDABLE = ("moe_aux_loss_coeff",)
 """Fields of TransformerConfig that are neither the model's nor this backend's to decide."""
+RECOMPUTABLE = ("core_attn", "mlp", "moe")
 FROM_HF = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -126,6 +127,13 @@ def _policy_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str
                 f"{block}model_overrides.{name}",
                 "not a field that can be replaced; those are "
                 f"{', '.join(OVERRIDABLE)}. The model's shape is policy.hf_config_overrides",
+            )
+    for module in config.recompute_modules or ():
+        if module not in RECOMPUTABLE:
+            yield (
+                f"{block}recompute_modules",
+                f"found {module!r}, expected some of {', '.join(RECOMPUTABLE)}: the others are of "
+                "layers or kernels that are not used here",
             )
     if config.pipeline_dtype not in (None, policy.precision):
         yield (

@@ -40,9 +40,6 @@ class _Stream:
     def record_event(self) -> _Stream:
         return self
 
-    def wait_stream(self, other: _Stream) -> None:
-        pass
-
     def synchronize(self) -> None:
         pass
 
@@ -91,8 +88,8 @@ def _torch_without_cuda() -> _Overlay:
     stream = _Stream()
     cuda = _Overlay(
         torch.cuda,
-        # tensor_parallel/layers.py:261, 552, 873, 1197, mappings.py:91-181, 442; utils.py:631;
-        # distributed/param_and_grad_buffer.py:800, 806; moe/router.py:90;
+        # tensor_parallel/layers.py:261, 552, 873, 899, 1197, mappings.py:91-181, 442; utils.py:631;
+        # distributed/param_and_grad_buffer.py:806; moe/router.py:90;
         # pipeline_parallel/p2p_communication.py:190-202, 313, 321
         current_device=lambda: torch.device("cpu"),
         # p2p_communication.py:242, 398
@@ -108,7 +105,7 @@ def _torch_without_cuda() -> _Overlay:
     return _Overlay(
         torch,
         cuda=cuda,
-        # schedules.py:596, 2138; moe/moe_utils.py:998
+        # pipeline_parallel/schedules.py:596, 2138
         zeros=_zeros,
         distributed=_Overlay(
             dist,
@@ -141,13 +138,13 @@ def mcore_on_cpu() -> Iterator[None]:
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.pipeline_parallel import p2p_communication, schedules
     from megatron.core.tensor_parallel import layers, mappings, random
-    from megatron.core.transformer.moe import moe_utils, router, token_dispatcher
+    from megatron.core.transformer.moe import router, token_dispatcher
 
     replacement = _torch_without_cuda()
     with ExitStack() as stack:
         for module in (
             *(utils, param_and_grad_buffer, p2p_communication, schedules),
-            *(layers, mappings, random, moe_utils, router, token_dispatcher),
+            *(layers, mappings, random, router, token_dispatcher),
         ):
             stack.enter_context(patch.object(module, "torch", replacement))
         # tensor_parallel/random.py:41, 75: the generator that recomputation rewinds.

@@ -33,6 +33,8 @@ def policy_of(**keys):
         ({"moe_router_bias_update_rate": 1e-3}, "moe_router_bias_update_rate.*sigmoid"),
         ({"moe_shared_expert_overlap": True}, "moe_shared_expert_overlap.*shared experts"),
         ({"model_overrides": {"num_layers": 3}}, "model_overrides.num_layers.*hf_config_overrides"),
+        ({"recompute_granularity": "selective", "recompute_modules": ("layernorm",)},
+         "recompute_modules: found 'layernorm', expected some of core_attn, mlp, moe"),
         ({"pipeline_dtype": "bfloat16"}, "pipeline_dtype: found bfloat16.*float32"),
         ({"tensor_model_parallel_size": 8}, "tensor_model_parallel_size: 8.*num_attention_heads=4"),
         ({"pipeline_model_parallel_size": 3}, "4 layers can not be shared by 3 stages"),
