@@ -94,6 +94,11 @@ class PolicyBackend(Trainable, Protocol):
 class Policy(Trainable, Protocol):
     """The model in training, seen whole: the same verbs on the global batch."""
 
+    @property
+    def weights_version(self) -> int:
+        """A number that is another one after whatever may have changed the weights."""
+        ...
+
     def logprobs(self, batch: TrainBatch, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32, no gradient) aligned with `batch.token_ids_N`.
 
@@ -109,6 +114,11 @@ class Policy(Trainable, Protocol):
 class WeightSource(Protocol):
     """What has weights to give: a policy, or a checkpoint that nothing trains."""
 
+    @property
+    def weights_version(self) -> int:
+        """A number that is another one after whatever may have changed the weights."""
+        ...
+
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors by Hugging Face name, one after the other."""
         ...
@@ -118,7 +128,7 @@ class Generator(Protocol):
     """An engine that completes prompts with a copy of the policy's weights."""
 
     def sync(self, policy: WeightSource) -> None:
-        """Take the policy's weights of now."""
+        """Take the policy's weights of now; those that it has already are not sent again."""
         ...
 
     def generate(

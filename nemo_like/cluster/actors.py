@@ -30,6 +30,10 @@ class Worker:
         self._identity = identity
         self._object: Any = None
         self._stream: Iterator[list[Any]] = iter(())
+        self._line_out: Any = None
+        self._line_in: Any = None
+        self._sender: Any = None
+        self._receiver: Any = None
         self._feed: _Feed | None = None
         identity.log_file.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(identity.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -61,49 +65,99 @@ class Worker:
         """The value of a method of the object, or a `Failure`."""
         return self._guarded(method, lambda: getattr(self._object, method)(*args, **kwargs))
 
-    def open_stream(self, method: str, max_bytes: int) -> Failure | None:
-        """Starts to iterate over named tensors, which `next_chunk` then takes."""
+    def open_sender(self, transport: Any, num_receivers: int) -> Any:
+        """Makes this rank's half of a transport, if it has one; its address."""
+
+        def run() -> Any:
+            if self._line_out is not None:
+                self._line_out.close()
+            identity = self._identity
+            self._line_out = transport.sender(
+                identity.rank, host=identity.node, num_receivers=num_receivers
+            )
+            return None if self._line_out is None else self._line_out.address
+
+        return self._guarded("open_sender", run)
+
+    def meet_receivers(self) -> Failure | None:
+        """Returns when those that this rank sends to are there."""
 
         def run() -> None:
-            from nemo_like.cluster.wire import chunked
+            if self._line_out is not None:
+                self._line_out.meet()
 
-            self._stream = chunked(getattr(self._object, method)(), max_bytes)
+        return self._guarded("meet_receivers", run)
+
+    def open_receiver(self, receiver: Any, address: Any) -> Failure | None:
+        """Takes this half of a transport, in place of any other, and meets its sender."""
+
+        def run() -> None:
+            if self._line_in is not None:
+                self._line_in.close()
+            self._line_in = receiver
+            receiver.meet(address)
+
+        return self._guarded("open_receiver", run)
+
+    def open_stream(self, method: str, max_bytes: int, direct: bool) -> Failure | None:
+        """Starts to iterate over named tensors, which `next_parcel` then sends.
+
+        Rank 0 puts them into the object store, unless they go by the senders that are open.
+        """
+
+        def run() -> None:
+            from nemo_like.weight_sync.object_store import StoreSender
+            from nemo_like.weight_sync.transport import buckets
+
+            store = StoreSender() if self._identity.rank == 0 else None
+            self._sender = self._line_out if direct else store
+            self._stream = buckets(getattr(self._object, method)(), max_bytes)
 
         return self._guarded(method, run)
 
-    def next_chunk(self, method: str, keep: bool) -> tuple[int | Failure, Any]:
-        """The number of tensors taken from the stream (0 at its end), and, if kept, their bytes."""
+    def next_parcel(self, method: str) -> tuple[int | Failure, Any]:
+        """The number of tensors taken from the stream (0 at its end), and the parcel, if any."""
 
         def run() -> tuple[int, Any]:
-            from nemo_like.cluster.wire import to_wire
-
-            tensors: list[Any] = next(self._stream, [])
-            return len(tensors), to_wire(tensors) if keep else None
+            bucket = next(self._stream, [])
+            sends = bucket and self._sender is not None
+            return len(bucket), self._sender.send(bucket) if sends else None
 
         outcome = self._guarded(method, run)
         return (outcome, None) if isinstance(outcome, Failure) else outcome
 
-    def open_feed(self, method: str, **kwargs: Any) -> Failure | None:
+    def finish_sending(self) -> Failure | None:
+        """Gives back the memory of what was sent, now that all have it."""
+
+        def run() -> None:
+            if self._sender is not None:
+                self._sender.finish()
+
+        return self._guarded("finish_sending", run)
+
+    def open_feed(self, method: str, direct: bool, kwargs: dict[str, Any]) -> Failure | None:
         """Starts `method(iterator, ...)` in a thread; the iterator yields what `feed` brings.
 
-        A feed that was broken off before is ended first: its iterator raises.
+        That comes from the object store, or by the receiver that is open. A feed that was broken
+        off before is ended first: its iterator raises.
         """
 
         def run() -> None:
+            from nemo_like.weight_sync.object_store import StoreReceiver
+
+            self._receiver = self._line_in if direct else StoreReceiver()
             if self._feed is not None:
                 self._feed.abandon()
             self._feed = _Feed(lambda tensors: getattr(self._object, method)(tensors, **kwargs))
 
         return self._guarded(method, run)
 
-    def feed(self, method: str, chunk: Any) -> Failure | None:
-        """Hands one chunk to the running method; returns when the method has asked for it."""
+    def feed(self, method: str, *parcels: Any) -> Failure | None:
+        """Receives one bucket; returns when the running method has asked for the one before."""
 
         def run() -> None:
-            from nemo_like.cluster.wire import from_wire
-
             assert self._feed is not None, "feed before open_feed"
-            self._feed.put(from_wire(chunk))
+            self._feed.put(self._receiver.receive(parcels))
 
         return self._guarded(method, run)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import accumulate
 from typing import Any, TypeVar
 
-from nemo_like.cluster.group import CHUNK_BYTES, WorkerGroup
+from nemo_like.cluster.group import WorkerGroup
 from nemo_like.cluster.policy import RemotePolicy
-from nemo_like.cluster.wire import chunked, to_wire
+from nemo_like.cluster.shipment import Line, Shipment
 from nemo_like.errors import CheckpointError, WorkerError
 from nemo_like.interfaces import WeightSource
 from nemo_like.types import Prompt, Rollout, SamplingParams, sample_numbers
+from nemo_like.weight_sync.transport import Transport
 
 T = TypeVar("T")
 
@@ -26,14 +27,16 @@ class RemoteGenerator:
     `generate(prompts, sampling, sample_numbers)`, and `close()`.
 
     An engine whose process dies, or does not answer in time, is replaced during the call: the new
-    one gets the weights of the last sync, which are kept in the object store, and does the call
-    again. Rollouts do not depend on who draws them, so the result is that of an undisturbed run.
-    If the new one is lost in the same call, that is an error.
+    one gets the weights of the last sync and does the call again. Those that went through the
+    object store are kept there; others the policy sends again, if it still has them. Rollouts do
+    not depend on who draws them, so the result is that of an undisturbed run. If the new one is
+    lost in the same call, that is an error.
 
     Args:
         start_engine: A group of one worker, which is one engine, by its number.
         num_engines: How many there are.
         say: Told when an engine is lost, and when another has taken its place.
+        transport: A direct one for the weights of a policy in workers; None is the object store.
     """
 
     def __init__(
@@ -42,41 +45,63 @@ class RemoteGenerator:
         *,
         num_engines: int,
         say: Callable[[str], object],
+        transport: Transport | None = None,
     ):
         self._start_engine = start_engine
         self._say = say
+        self._transport = transport
         self._engines = [start_engine(number) for number in range(num_engines)]
         self._threads = ThreadPoolExecutor(num_engines, thread_name_prefix="engine")
-        self._weights: _Weights | None = None
+        self._weights: Shipment | None = None
+        self._met: Line | None = None
         self._version = 0
         self._closed = threading.Event()
 
     def sync(self, policy: WeightSource) -> None:
-        """Streams the policy's weights of now into every engine, in bounded chunks.
+        """Streams the policy's weights of now into every engine, in bounded buckets.
+
+        Weights that have not changed since the last sync are not sent again.
 
         Raises:
             CheckpointError: they are not the weights of the engines' model, or not what was sent.
+            WorkerError: the policy, or what is between it and the engines, broke.
         """
+        if self._weights is not None and self._weights.is_of(policy):
+            return
         for engine in self._engines:
             engine.wait_ready()
         self._weights = None
         self._version += 1
-        weights = _Weights(self._version)
+        line = self._line_from(policy)
+        weights = Shipment(
+            self._version, policy, tuple(self._engines), line=line, is_met=line == self._met
+        )
+        self._met = None
         loads = [
             self._threads.submit(self._load, number, weights)
             for number in range(len(self._engines))
         ]
+        broken: list[BaseException] = []
         try:
-            weights.fill(self._chunks(policy))
+            weights.send()
+        except WorkerError as error:  # if an engine was lost, all have the weights nevertheless
+            broken.append(error)
         finally:
             wait(loads)
+        failures = [failure for load in loads if (failure := load.exception())]
+        if failures:
+            # What an engine refuses is no broken line, but it may break one.
+            raise min([*broken, *failures], key=lambda failure: isinstance(failure, WorkerError))
         digests = {load.result() for load in loads}
         if len(digests) > 1:
             raise CheckpointError(
                 f"the engines took version {weights.version} of the weights for different ones: "
                 f"{', '.join(sorted(digests))}"
             )
+        (weights.digest,) = digests
         self._weights = weights
+        if not weights.broke_with_an_engine():
+            self._met = line
 
     def generate(
         self,
@@ -118,83 +143,52 @@ class RemoteGenerator:
             engine.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _chunks(self, policy: WeightSource) -> Iterable[Any]:
-        if isinstance(policy, RemotePolicy):
-            return policy.export_chunks()
-        tensors = chunked(policy.export_weights(), CHUNK_BYTES)
-        return (self._engines[0].put(to_wire(chunk)) for chunk in tensors)
+    def _line_from(self, policy: WeightSource) -> Line | None:
+        if self._transport is None or not isinstance(policy, RemotePolicy):
+            return None
+        return Line(self._transport, policy, tuple(self._engines))
 
-    def _load(self, number: int, weights: _Weights) -> str:
-        return self._with_replacement(number, lambda engine: weights.into(engine))
+    def _load(self, number: int, weights: Shipment) -> str:
+        """The digest of what an engine took: at first, or after one was lost over it."""
+        try:
+            return weights.into(number)
+        except WorkerError as error:
+            engine = self._engines[number]
+            if self._closed.is_set():
+                raise
+            if engine.is_lost:
+                return self._replaced(number, error, weights.again_into)
+            if not weights.broke_with_an_engine():
+                raise
+        return weights.again_into(engine)
 
-    def _draw(self, number: int, weights: _Weights, call: tuple[Any, ...]) -> list[Rollout]:
+    def _draw(self, number: int, weights: Shipment, call: tuple[Any, ...]) -> list[Rollout]:
         def draw(engine: WorkerGroup) -> list[Rollout]:
             rollouts: list[Rollout] = engine.call_each("generate", [call])[0]
             return rollouts
 
-        return self._with_replacement(number, draw, before=weights.into)
+        def catch_up_and_draw(engine: WorkerGroup) -> list[Rollout]:
+            weights.again_into(engine)
+            return draw(engine)
 
-    def _with_replacement(
-        self,
-        number: int,
-        do: Callable[[WorkerGroup], T],
-        before: Callable[[WorkerGroup], object] = lambda engine: None,
-    ) -> T:
-        """What `do` makes of an engine; of another one, after `before`, if that is lost over it."""
         engine = self._engines[number]
         try:
-            return do(engine)
+            return draw(engine)
         except WorkerError as error:
             if not engine.is_lost or self._closed.is_set():
                 raise
-            self._say(f"{str(error).splitlines()[0]}. Another engine takes its place")
+            return self._replaced(number, error, catch_up_and_draw)
+
+    def _replaced(self, number: int, error: WorkerError, do: Callable[[WorkerGroup], T]) -> T:
+        """What `do` makes of the engine that takes the place of a lost one."""
+        self._say(f"{str(error).splitlines()[0]}. Another engine takes its place")
         lost_at = time.monotonic()
         engine = self._engines[number] = self._start_engine(number)
-        before(engine)
         value = do(engine)
         self._say(
             f"the engine in its place has caught up, {time.monotonic() - lost_at:.0f} s later"
         )
         return value
-
-
-class _Weights:
-    """What one sync sent: references to chunks, read while they arrive, and again later."""
-
-    def __init__(self, version: int):
-        self.version = version
-        self._chunks: list[Any] = []
-        self._is_whole = False
-        self._changed = threading.Condition()
-
-    def fill(self, chunks: Iterable[Any]) -> None:
-        """Takes all chunks; readers end with them, or where they break off."""
-        try:
-            for chunk in chunks:
-                with self._changed:
-                    self._chunks.append(chunk)
-                    self._changed.notify_all()
-        finally:
-            with self._changed:
-                self._is_whole = True
-                self._changed.notify_all()
-
-    def into(self, engine: WorkerGroup) -> str:
-        """The digest of what an engine took."""
-        digest: str = engine.feed("load_weights", self._read(), version=self.version)[0]
-        return digest
-
-    def _read(self) -> Iterator[Any]:
-        place = 0
-        while self._has(place):
-            yield self._chunks[place]
-            place += 1
-
-    def _has(self, place: int) -> bool:
-        """Whether there is a chunk at this place, as soon as that is known."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_whole or place < len(self._chunks))
-            return place < len(self._chunks)
 
 
 def shares(work: Sequence[int], num_parts: int) -> list[range]:

@@ -16,6 +16,7 @@ from nemo_like.cluster.failures import Failure, WorkerIdentity, died, hang_error
 from nemo_like.cluster.placement import Placement, RankPlace, check_fits, worker_env
 from nemo_like.cluster.runtime import RayCluster
 from nemo_like.errors import NemoLikeError, WorkerError
+from nemo_like.weight_sync.transport import BUCKET_BYTES, Receiver, Transport
 
 POLL_S = 0.5
 """How often a wait comes back to look at the clock (and lets Python handle signals)."""
@@ -27,7 +28,6 @@ RESERVE_S = 60.0
 """How long to wait for CPUs and GPUs that the cluster has, but that something else uses."""
 CLOSE_S = 10.0
 """How long objects may take to close before their processes are ended."""
-CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class GroupConfig:
     factory: Factory
     log_dir: Path
     timeout_s: float
+    bucket_bytes: int = BUCKET_BYTES
     env_vars: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -124,32 +125,46 @@ class WorkerGroup:
         except exceptions.RayError as exc:
             raise self._break(to_error([died(self._identities[0], "transfer", str(exc))])) from exc
 
-    def stream(self, method: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Any]:
-        """References to chunks (see `wire`) of the named tensors that a method of rank 0 yields.
+    def open_senders(self, transport: Transport, *, num_receivers: int) -> Any:
+        """Every rank makes its half of a transport, in place of any before; rank 0's address."""
+        return self._tell("open_sender", transport, num_receivers)[0]
 
-        All ranks iterate, because gathering a tensor is a collective. The next chunk is made while
-        the caller works with the last: at most two exist.
+    def meet_receivers(self) -> None:
+        """Returns when every rank's half has met those that it sends to."""
+        self._tell("meet_receivers")
+
+    def open_receiver(self, receiver: Receiver, address: Any) -> None:
+        """Every rank takes this half of a transport, and meets the sender."""
+        self._tell("open_receiver", receiver, address)
+
+    def stream(self, method: str, *, direct: bool = False) -> Iterator[list[Any]]:
+        """The parcels of the named tensors that a method yields, by the store or the open senders.
+
+        Of each bucket there is a list of references, one per rank. All ranks iterate, because
+        gathering a tensor is a collective. The next bucket is sent while the caller works with the
+        last: at most two exist.
         """
-        self.wait_ready()
-        opened = [actor.open_stream.remote(method, chunk_bytes) for actor in self._actors]
-        self._gather(opened, method)
-        ahead = self._request_chunk(method)
+        self._tell("open_stream", method, self._config.bucket_bytes, direct)
+        ahead = self._request_parcel(method)
         while True:
-            counts, chunk = self._gather([count for count, _ in ahead], method), ahead[0][1]
+            counts = self._gather([count for count, _ in ahead], method)
+            parcels = [parcel for _, parcel in ahead]
             if not counts[0]:
+                self._tell("finish_sending")
                 return
-            ahead = self._request_chunk(method)
-            yield chunk
+            ahead = self._request_parcel(method)
+            yield parcels
 
-    def feed(self, method: str, chunks: Iterable[Any], **kwargs: Any) -> list[Any]:
-        """The values of `method(iterator of named tensors, ...)` on every rank, fed by chunk."""
-        self.wait_ready()
-        self._gather([actor.open_feed.remote(method, **kwargs) for actor in self._actors], method)
-        pending: list[Any] = []
-        for chunk in chunks:
-            self._gather(pending, method)
-            pending = [actor.feed.remote(method, chunk) for actor in self._actors]
-        self._gather(pending, method)
+    def feed(
+        self, method: str, parcels: Iterable[list[Any]], *, direct: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """The values of `method(iterator of named tensors, ...)` on every rank, fed by bucket.
+
+        The next parcels are asked for when the last were received.
+        """
+        self._tell("open_feed", method, direct, kwargs)
+        for bucket in parcels:
+            self._gather([actor.feed.remote(method, *bucket) for actor in self._actors], method)
         return self._gather([actor.close_feed.remote(method) for actor in self._actors], method)
 
     def give_up(self, ranks: Sequence[int], phase: str) -> WorkerError:
@@ -246,11 +261,13 @@ class WorkerGroup:
             "LOCAL_WORLD_SIZE": str(placement.workers_per_node),
         }
 
-    def _request_chunk(self, method: str) -> list[Any]:
-        return [
-            actor.next_chunk.options(num_returns=2).remote(method, rank == 0)
-            for rank, actor in enumerate(self._actors)
-        ]
+    def _tell(self, verb: str, *args: Any) -> list[Any]:
+        """The answers of all workers themselves, not of their objects."""
+        self.wait_ready()
+        return self._gather([getattr(actor, verb).remote(*args) for actor in self._actors], verb)
+
+    def _request_parcel(self, method: str) -> list[Any]:
+        return [actor.next_parcel.options(num_returns=2).remote(method) for actor in self._actors]
 
     def _gather(self, refs: Sequence[Any], phase: str) -> list[Any]:
         """The values of these references, one per rank; a failure ends the wait after a grace."""

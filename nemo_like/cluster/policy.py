@@ -12,11 +12,12 @@ from torch import Tensor
 
 from nemo_like.cluster.group import WorkerGroup
 from nemo_like.cluster.placement import Placement
-from nemo_like.cluster.wire import from_wire
 from nemo_like.data.batching import Batching, shard, unshard
 from nemo_like.interfaces import Loss
 from nemo_like.observability.metrics import reduce
 from nemo_like.types import PolicyFacts, Shard, StepStats, TrainBatch
+from nemo_like.weight_sync.object_store import StoreReceiver
+from nemo_like.weight_sync.transport import Transport
 
 
 class RemotePolicy:
@@ -34,6 +35,17 @@ class RemotePolicy:
         self._train = train
         self._logprob = logprob
         self._saves_since = 0.0
+        self._num_changes = 0
+
+    @property
+    def weights_version(self) -> int:
+        """How often the weights may have changed."""
+        return self._num_changes
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its processes were ended, because one of them died or did not answer."""
+        return self._group.is_lost
 
     def wait_ready(self) -> None:
         """Returns when every rank has made its backend; until then the driver is free."""
@@ -59,6 +71,7 @@ class RemotePolicy:
         rest of the wall time.
         """
         started = time.perf_counter()
+        self._num_changes += 1
         shards = shard(batch, self._placement.num_data_parallel, self._train)
         of_rank: list[StepStats] = self._call_sharded("train_step", shards, loss)
         metrics = reduce(of_rank[rank].metrics for rank in self._leaders)
@@ -73,6 +86,7 @@ class RemotePolicy:
 
     def load(self, folder: Path) -> None:
         """Every rank takes its part of the state that `save` wrote, in whatever layout."""
+        self._num_changes += 1
         self._group.call_all("load", folder.absolute())
 
     def save_finished(self) -> bool:
@@ -88,12 +102,25 @@ class RemotePolicy:
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors by Hugging Face name, on the CPU, one after the other."""
-        for chunk in self.export_chunks():
-            yield from from_wire(self._group.get(chunk))
+        receiver = StoreReceiver()
+        for parcels in self.send_weights():
+            yield from receiver.receive([self._group.get(parcels[0])])
 
-    def export_chunks(self) -> Iterator[Any]:
-        """The same as references to chunks, which workers resolve without a copy in the driver."""
-        return self._group.stream("export_weights")
+    def open_senders(self, transport: Transport, *, num_receivers: int) -> Any:
+        """Makes the policy's halves of a transport; the address at which receivers meet them."""
+        return self._group.open_senders(transport, num_receivers=num_receivers)
+
+    def meet_receivers(self) -> None:
+        """Returns when all receivers are there."""
+        self._group.meet_receivers()
+
+    def send_weights(self, *, direct: bool = False) -> Iterator[list[Any]]:
+        """References to the parcels of each bucket, from every rank.
+
+        They hold the weights, which workers resolve without a copy in the driver; or weights go
+        directly, by the halves that are open.
+        """
+        return self._group.stream("export_weights", direct=direct)
 
     def close(self) -> None:
         """Ends the workers; safe to call twice."""

@@ -82,8 +82,10 @@ class GenerationConfig(Node):
     """Sequences that an engine decodes at the same time."""
     num_cpu_engines: Positive = 1
     """Engines of a cluster without GPUs; on GPUs their number follows from their size."""
-    refit_transport: Literal["object_store", "cuda_ipc", "nccl"] | None = None
-    """How weights reach the engines; null is the fastest that the placement allows."""
+    refit_transport: Literal["object_store", "ipc", "broadcast"] | None = None
+    """How weights reach the engines: `object_store` through Ray; `ipc` by memory that policy and
+    engine share, of their GPU or machine; `broadcast` by NCCL or gloo, to engines on GPUs of their
+    own or on CPUs. Null is `object_store` for engines on CPUs, else what the placement allows."""
     vllm_cfg: VLLMConfig = VLLMConfig()
     """vLLM's engine."""
     colocated: ColocatedConfig = ColocatedConfig()
@@ -95,12 +97,6 @@ class GenerationConfig(Node):
         """What this engine or this placement does not have."""
         if "" in self.stop_strings:
             yield Conflict(("stop_strings",), "an empty text would end every response at once")
-        needed = {"cuda_ipc": True, "nccl": False}.get(self.refit_transport or "")
-        if needed is not None and self.colocated.enabled is not needed:
-            yield Conflict(
-                ("refit_transport", "colocated.enabled"),
-                "cuda_ipc is between processes that share a GPU, nccl between those that do not",
-            )
 
     def training_part(self, cluster: ClusterConfig) -> ClusterConfig:
         """The machines that are left for the policy, if `placement_conflicts` finds none."""
@@ -127,13 +123,20 @@ class GenerationConfig(Node):
                 yield Conflict(
                     (f"{generation}.num_cpu_engines", "cluster.launcher"), "`local` is one process"
                 )
+            if self.refit_transport is not None:
+                yield Conflict(
+                    (f"{generation}.refit_transport", "cluster.launcher"),
+                    "`local` is one process: nothing travels",
+                )
         elif cluster.gpus_per_node == 0:
             given = self.colocated.resources.model_dump(exclude_none=True)
             for key in (f"{generation}.colocated.resources.{name}" for name in given):
                 yield Conflict((key, "cluster.gpus_per_node"), "there are no GPUs to share out")
-            if self.refit_transport not in (None, "object_store"):
-                key = f"{generation}.refit_transport"
-                yield Conflict((key, "cluster.gpus_per_node"), "this one is between GPUs")
+            if self.refit_transport == "ipc" and cluster.num_nodes > 1:
+                yield Conflict(
+                    (f"{generation}.refit_transport", "cluster.num_nodes"),
+                    "machines share no memory: leave it out, or set broadcast",
+                )
             if self.vllm_cfg.tensor_parallel_size > 1:
                 yield Conflict((tensor, "cluster.gpus_per_node"), "engines on a CPU are whole")
         elif isinstance(cluster.gpus_per_node, int):
@@ -142,7 +145,26 @@ class GenerationConfig(Node):
                     (f"{generation}.num_cpu_engines", "cluster.gpus_per_node"),
                     "on GPUs the number of engines follows from their size: leave it out",
                 )
+            yield from self._direct_conflicts(generation)
             yield from self._gpu_conflicts(cluster, cluster.gpus_per_node, tensor)
+
+    def _direct_conflicts(self, generation: str) -> Iterator[Conflict]:
+        """What a direct transport asks of engines beside a policy on GPUs."""
+        transport, key = self.refit_transport, f"{generation}.refit_transport"
+        if transport in (None, "object_store"):
+            return
+        if self.backend == "hf":
+            yield Conflict((key, f"{generation}.backend"), "these engines stay on CPUs")
+        elif (transport == "ipc") is not self.colocated.enabled:
+            yield Conflict(
+                (key, f"{generation}.colocated.enabled"),
+                "ipc is between processes that share a GPU, broadcast between those that do not",
+            )
+        elif self.vllm_cfg.tensor_parallel_size > 1:
+            yield Conflict(
+                (key, f"{generation}.vllm_cfg.tensor_parallel_size"),
+                "an engine of several GPUs takes its weights through the object_store",
+            )
 
     def _gpu_conflicts(
         self, cluster: ClusterConfig, num_gpus: int, tensor: str

@@ -81,10 +81,14 @@ class HFEngine:
         self._max_num_seqs = max_num_seqs
         self._applied = 0
         self._version: int | None = None
+        self._synced: tuple[WeightSource, int] | None = None
 
     def sync(self, policy: WeightSource) -> None:
-        """Take the policy's weights of now, as the next version."""
-        self.load_weights(policy.export_weights(), version=self._applied + 1)
+        """Take the policy's weights of now, as the next version, if they are not these."""
+        offered = (policy, policy.weights_version)
+        if self._version is None or offered != self._synced:
+            self.load_weights(policy.export_weights(), version=self._applied + 1)
+            self._synced = offered
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> str:
@@ -96,7 +100,7 @@ class HFEngine:
             CheckpointError: naming what is missing, unknown, twice there, or of the wrong shape.
                 The engine then holds a mixture, and refuses to generate until a whole set arrives.
         """
-        self._version = None
+        self._version = self._synced = None
         parameters = self._model.state_dict()
         delivery = Delivery(ExpectedWeights.of(self._model))
         for name, tensor in delivery.fitting(weights):

@@ -31,6 +31,8 @@ class SavedWeights:
 
     policy: RolloutPolicyConfig
 
+    weights_version = 0
+
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors by name; raises before the first one if they are not the model's."""
         import torch

@@ -19,6 +19,12 @@ class LocalPolicy:
         self._backend = backend
         self._train = train
         self._logprob = logprob
+        self._num_changes = 0
+
+    @property
+    def weights_version(self) -> int:
+        """How often the weights may have changed."""
+        return self._num_changes
 
     def logprobs(self, batch: TrainBatch, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32, no gradient) aligned with `batch.token_ids_N`."""
@@ -27,6 +33,7 @@ class LocalPolicy:
 
     def train_step(self, batch: TrainBatch, loss: Loss) -> StepStats:
         """One optimizer step on the whole batch."""
+        self._num_changes += 1
         return self._backend.train_step(shard(batch, 1, self._train)[0], loss)
 
     def begin(self, total_steps: int) -> PolicyFacts:
@@ -43,6 +50,7 @@ class LocalPolicy:
 
     def load(self, folder: Path) -> None:
         """Take the state that `save` wrote."""
+        self._num_changes += 1
         self._backend.load(folder)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:

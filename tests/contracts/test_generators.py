@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from nemo_like.cluster.wire import to_wire
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nemo_like.cluster.generator import RemoteGenerator
 from nemo_like.cluster.group import GroupConfig, WorkerGroup
 from nemo_like.cluster.placement import place_single
 from nemo_like.cluster.runtime import RayCluster, import_ray
-from nemo_like.cluster.wire import to_wire
 from nemo_like.config.run import ClusterConfig
 from nemo_like.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from nemo_like.rollout.hf import HFEngine

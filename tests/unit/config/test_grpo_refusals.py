@@ -170,12 +170,12 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (f"{GEN}.stop_strings=[x,'']",),
         (f"{GEN}.stop_strings",),
     ),
-    "IPC between machines": (
-        (f"{GEN}.refit_transport=cuda_ipc", APART),
+    "IPC between GPUs": (
+        ("cluster.gpus_per_node=8", f"{GEN}.refit_transport=ipc", APART, f"{OWN}.gpus_per_node=2"),
         (f"{GEN}.refit_transport", f"{GEN}.colocated.enabled"),
     ),
-    "NCCL on one GPU": (
-        (f"{GEN}.refit_transport=nccl",),
+    "broadcast on one GPU": (
+        ("cluster.gpus_per_node=8", f"{GEN}.refit_transport=broadcast"),
         (f"{GEN}.refit_transport", f"{GEN}.colocated.enabled"),
     ),
     "vLLM without Ray": (
@@ -190,9 +190,25 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("cluster.gpus_per_node=0", APART, f"{OWN}.gpus_per_node=1"),
         (f"{OWN}.gpus_per_node", "cluster.gpus_per_node"),
     ),
-    "NCCL on a CPU": (
-        ("cluster.gpus_per_node=0", APART, f"{GEN}.refit_transport=nccl"),
-        (f"{GEN}.refit_transport", "cluster.gpus_per_node"),
+    "shared memory between machines": (
+        ("cluster.gpus_per_node=0", "cluster.num_nodes=2", f"{GEN}.refit_transport=ipc"),
+        (f"{GEN}.refit_transport", "cluster.num_nodes"),
+    ),
+    "a direct way between GPU and CPU": (
+        ("cluster.gpus_per_node=8", f"{GEN}.backend=hf", f"{GEN}.refit_transport=ipc"),
+        (f"{GEN}.refit_transport", f"{GEN}.backend"),
+    ),
+    "a direct way to an engine of two GPUs": (
+        (
+            "cluster.gpus_per_node=8",
+            f"{GEN}.refit_transport=ipc",
+            f"{GEN}.vllm_cfg.tensor_parallel_size=2",
+        ),
+        (f"{GEN}.refit_transport", f"{GEN}.vllm_cfg.tensor_parallel_size"),
+    ),
+    "a transport in one process": (
+        ("cluster.launcher=local", f"{GEN}.backend=hf", f"{GEN}.refit_transport=ipc"),
+        (f"{GEN}.refit_transport", "cluster.launcher"),
     ),
     "tensor parallel on a CPU": (
         ("cluster.gpus_per_node=0", f"{GEN}.vllm_cfg.tensor_parallel_size=2"),
