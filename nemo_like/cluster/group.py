@@ -39,8 +39,8 @@ class GroupConfig:
     factory: Factory
     log_dir: Path
     timeout_s: float
-    bucket_bytes: int = BUCKET_BYTES
     env_vars: Mapping[str, str] = field(default_factory=dict)
+    bucket_bytes: int = BUCKET_BYTES
 
 
 class WorkerGroup:

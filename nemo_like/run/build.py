@@ -23,13 +23,16 @@ from nemo_like.cluster.placement import (
 )
 from nemo_like.cluster.policy import RemotePolicy
 from nemo_like.cluster.runtime import RayCluster
-from nemo_like.config.generation import RolloutPolicyConfig
+from nemo_like.config.generation import GenerationConfig, RolloutPolicyConfig
 from nemo_like.config.megatron import MegatronConfig
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.config.run import ClusterConfig
 from nemo_like.data.batching import Batching
 from nemo_like.errors import ConfigError
 from nemo_like.interfaces import Generator, Policy
+from nemo_like.weight_sync.broadcast import Broadcast
+from nemo_like.weight_sync.ipc import Ipc
+from nemo_like.weight_sync.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,7 @@ class _Workers:
             lambda number: self.start(f"engine_{number}", kind.factory, where, kind.env_vars),
             num_engines=kind.count,
             say=say,
+            transport=kind.transport,
         )
 
 
@@ -242,6 +246,7 @@ class Engines:
     factory: EngineFactory
     count: int = 1
     env_vars: Mapping[str, str] = field(default_factory=dict)
+    transport: Transport | None = None
 
 
 def choose_engines(policy: PolicyConfig, placement: Placement) -> Engines:
@@ -254,13 +259,9 @@ def choose_engines(policy: PolicyConfig, placement: Placement) -> Engines:
     if not isinstance(policy, RolloutPolicyConfig):
         return Engines(factory)
     generation = policy.generation
-    if generation.refit_transport not in (None, "object_store"):
-        raise ConfigError(
-            f"policy.generation.refit_transport={generation.refit_transport} is between GPUs, and "
-            "this version's engines run on CPUs: leave it out, or set object_store"
-        )
+    transport = choose_transport(generation, placement)
     if generation.backend == "hf":
-        return Engines(factory, generation.num_cpu_engines)
+        return Engines(factory, generation.num_cpu_engines, transport=transport)
     if placement.uses_gpu:
         raise ConfigError(
             "policy.generation.backend=vllm: this version's vLLM engines run on CPUs, and were "
@@ -268,7 +269,24 @@ def choose_engines(policy: PolicyConfig, placement: Placement) -> Engines:
         )
     from nemo_like.rollout.vllm import ENVIRONMENT
 
-    return Engines(factory, generation.num_cpu_engines, ENVIRONMENT)
+    return Engines(factory, generation.num_cpu_engines, ENVIRONMENT, transport)
+
+
+def choose_transport(generation: GenerationConfig, placement: Placement) -> Transport | None:
+    """The direct way for weights that was asked for, or that fits best; None is the object store.
+
+    Raises:
+        ConfigError: the engines are elsewhere.
+    """
+    asked = generation.refit_transport
+    if asked in (None, "object_store"):
+        return None
+    if placement.uses_gpu:
+        raise ConfigError(
+            f"policy.generation.refit_transport={asked}: the policy is on GPUs and the engines are "
+            "on CPUs: leave it out, or set object_store"
+        )
+    return Ipc() if asked == "ipc" else Broadcast()
 
 
 def _check_gpus(cluster: ClusterConfig) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from nemo_like.cluster.wire import to_wire
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nemo_like.cluster.generator import RemoteGenerator
@@ -23,6 +22,7 @@ from nemo_like.rollout.hf import HFEngine
 from nemo_like.rollout.sampling import sampled_distribution
 from nemo_like.rollout.vllm import ENVIRONMENT, VLLMEngine
 from nemo_like.types import Prompt, SamplingParams
+from nemo_like.weight_sync.object_store import StoreSender
 
 SIZE = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 320,
@@ -125,14 +125,14 @@ class RemoteEngines:
         self.group.call_all("new", family, **options)
 
     def load_weights(self, weights, version):
-        chunk = self.group.put(to_wire(weights))
-        return self.group.feed("load_weights", [chunk], version=version)[0]
+        parcel = self.group.put(StoreSender().send(list(weights)))
+        return self.group.feed("load_weights", [[parcel]], version=version)[0]
 
     def load_broken_weights(self, weights):
-        good, bad = to_wire(weights[:3]), to_wire(weights[3:4])
-        bad = [replace(bad[0], digest="another")]
-        chunks = [self.group.put(chunk) for chunk in (good, bad)]
-        self.group.feed("load_weights", chunks, version=9)
+        good, bad = StoreSender().send(weights[:3]), StoreSender().send(weights[3:4])
+        bad = replace(bad, labels=(replace(bad.labels[0], digest="another"),))
+        parcels = [[self.group.put(parcel)] for parcel in (good, bad)]
+        self.group.feed("load_weights", parcels, version=9)
 
     def generate(self, prompts, sampling, samples=None):
         return self.group.call_each("generate", [(prompts, sampling, samples)])[0]
@@ -441,6 +441,8 @@ def test_a_kv_cache_that_is_too_small_for_all_makes_sequences_wait_and_no_differ
 
 class Policy:
     """The part of a policy that a generator sees."""
+
+    weights_version = 0
 
     def export_weights(self):
         yield from weights_of("qwen3").items()

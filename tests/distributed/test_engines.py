@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,18 @@ import torch
 
 from nemo_like.cluster.generator import RemoteGenerator, shares
 from nemo_like.cluster.group import GroupConfig, WorkerGroup
-from nemo_like.cluster.placement import place_single
+from nemo_like.cluster.placement import Placement, RankPlace, place_single
+from nemo_like.cluster.policy import RemotePolicy
 from nemo_like.cluster.runtime import RayCluster, import_ray
 from nemo_like.config.run import ClusterConfig
+from nemo_like.data.batching import Batching
 from nemo_like.errors import CheckpointError, DataError, WorkerError
 from nemo_like.types import Prompt, Rollout, SamplingParams
+from nemo_like.weight_sync.broadcast import Broadcast
 from nemo_like.weight_sync.digest import tensor_digest, weights_digest
+from nemo_like.weight_sync.ipc import Ipc
 
+TRANSPORTS = {"object_store": None, "ipc": Ipc(), "broadcast": Broadcast(deadline_s=20.0)}
 PROMPTS = [Prompt(index, (1,) * (index + 1), "", "") for index in (7, 7, 7, 3, 3, 9, 2, 2)]
 SAMPLING = SamplingParams(4, seed=5)
 
@@ -87,18 +93,33 @@ class MakeDice:
         return DiceEngine(self.faults)
 
 
-class Weights:
-    """The part of a policy that a generator sees: three tensors, a chunk each."""
+class Weigher:
+    """The part of a policy's rank that sends weights: three tensors, a bucket each.
 
-    def __init__(self, value, *, wrong=False, breaks=False):
-        self.value, self.wrong, self.breaks = value, wrong, breaks
+    Its weights are the number that is the name of the folder that it loads.
+    """
+
+    WRONG, BREAKS = -1, -2
+
+    def load(self, folder):
+        self.value = int(folder.name)
 
     def export_weights(self):
         yield "w0", torch.full((1 << 20,), float(self.value))
-        yield "w1", torch.full((1,), -1.0 if self.wrong else float(self.value))
-        if self.breaks:
-            raise ConnectionError("the policy is gone")
+        yield "w1", torch.full((1,), float(self.value))
+        if self.value == self.BREAKS:
+            raise ConnectionError("nothing comes any more")
         yield "w2", torch.full((1 << 20,), float(self.value))
+
+    def close(self):
+        pass
+
+
+class WeightsHere(Weigher):
+    """The same in the driver, as an evaluation sends them."""
+
+    weights_version = 0
+    value = 8
 
 
 @pytest.fixture(scope="module")
@@ -111,30 +132,51 @@ def cluster():
 
 
 class World:
-    """Two engines, what was said of them, and their folder of faults."""
+    """Two engines, their folder of faults, what was said of them, and a policy of two ranks."""
 
     def __init__(self, cluster, folder, timeout_s=60.0):
+        self.cluster, self.folder, self.timeout_s = cluster, folder, timeout_s
         self.said, self.said_at = [], []
         self.faults = folder / "faults"
         self.faults.mkdir()
+        self.engines = {}
+        self.generator = None
 
-        def start(number):
-            config = GroupConfig(
-                f"engine_{number}",
-                place_single(uses_gpu=False),
-                MakeDice(self.faults),
-                folder,
-                timeout_s,
-            )
-            group = WorkerGroup(cluster, config)
-            group.start()
-            return group
+    @cached_property
+    def policy(self):
+        ranks = tuple(RankPlace(rank, 0, rank, data=rank) for rank in range(2))
+        place = Placement(ranks, num_nodes=1, uses_gpu=False)
+        weighers = self.group("policy", place, Weigher, bucket_bytes=1 << 20)
+        return RemotePolicy(weighers, place, train=Batching(), logprob=Batching())
 
-        def say(text):
-            self.said.append(text)
-            self.said_at.append(time.monotonic())
+    def group(self, name, place, factory, **options):
+        config = GroupConfig(name, place, factory, self.folder, self.timeout_s, **options)
+        group = WorkerGroup(self.cluster, config)
+        group.start()
+        return group
 
-        self.generator = RemoteGenerator(start, num_engines=2, say=say)
+    def engine(self, number):
+        """The one that is there, unless it is lost."""
+        there = self.engines.get(number)
+        if there is None or there.is_lost:
+            place = place_single(uses_gpu=False)
+            there = self.group(f"engine_{number}", place, MakeDice(self.faults))
+            self.engines[number] = there
+        return there
+
+    def connect(self, transport):
+        self.generator = RemoteGenerator(
+            self.engine, num_engines=2, say=self.say, transport=transport
+        )
+
+    def say(self, text):
+        self.said.append(text)
+        self.said_at.append(time.monotonic())
+
+    def sync(self, value):
+        """The policy takes these weights, and sends them, also if it has them already."""
+        self.policy.load(Path(str(value)))
+        self.generator.sync(self.policy)
 
     def fault(self, name):
         (self.faults / name).touch()
@@ -145,34 +187,41 @@ class World:
     def generate(self):
         return self.generator.generate(PROMPTS, SAMPLING)
 
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr("nemo_like.cluster.generator.CHUNK_BYTES", 1 << 20)
+    def close(self):
+        self.generator.close()
+        self.generator.close()
+        self.policy.close()
 
 
 @pytest.fixture(scope="module")
-def world(cluster, tmp_path_factory):
+def the_world(cluster, tmp_path_factory):
     world = World(cluster, tmp_path_factory.mktemp("world"))
     yield world
-    world.generator.close()
-    world.generator.close()
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def expected(the_world):
+    """What two undisturbed engines draw with the weights 8, which came through the store."""
+    the_world.connect(None)
+    the_world.sync(8)
+    return drawn(the_world.generate())
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def world(request, the_world, expected):
+    """The same engines, with weights that come by each transport in turn."""
+    the_world.connect(TRANSPORTS[request.param])
+    return the_world
 
 
 @pytest.fixture(autouse=True)
-def no_faults_are_left(world):
+def no_faults_are_left(the_world):
     yield
-    for fault in world.faults.iterdir():
+    for fault in the_world.faults.iterdir():
         fault.unlink()
-    world.said.clear()
-    world.said_at.clear()
-
-
-@pytest.fixture(scope="module")
-def expected(world):
-    """What two undisturbed engines draw with the weights 8."""
-    world.generator.sync(Weights(8))
-    return [(r.token_ids, r.text) for r in world.generate()]
+    the_world.said.clear()
+    the_world.said_at.clear()
 
 
 def drawn(rollouts):
@@ -193,6 +242,7 @@ def test_work_is_shared_evenly_in_consecutive_parts_and_some_may_be_empty():
 def test_rollouts_come_in_the_order_of_the_prompts_with_the_random_stream_of_their_sample(
     world, expected
 ):
+    world.sync(8)
     rollouts = world.generate()
     assert [r.prompt for r in rollouts] == PROMPTS
     assert drawn(rollouts) == expected
@@ -203,14 +253,24 @@ def test_rollouts_come_in_the_order_of_the_prompts_with_the_random_stream_of_the
     assert world.generator.generate([], SAMPLING) == []
 
 
-@pytest.mark.parametrize("phase", ["generate", "load"])
+@pytest.mark.parametrize(
+    ("world", "phase"),
+    [
+        ("object_store", "generate"),
+        ("object_store", "load"),
+        ("ipc", "load"),
+        ("broadcast", "load"),
+        ("broadcast", "generate"),
+    ],
+    indirect=["world"],
+)
 def test_an_engine_that_is_killed_is_replaced_and_the_result_is_that_without_the_fault(
-    world, expected, small_chunks, phase
+    world, expected, phase
 ):
     before = world.pids()
     started = time.monotonic()
     world.fault(f"kill in {phase}")
-    world.generator.sync(Weights(8))
+    world.sync(8)
     assert drawn(world.generate()) == expected
     assert world.said_at[0] - started < 10, "noticed; 1.3 s where it was written"
     assert world.said_at[1] - started < 60, "replaced; 4 s: a process that imports torch"
@@ -221,17 +281,19 @@ def test_an_engine_that_is_killed_is_replaced_and_the_result_is_that_without_the
     assert "caught up" in world.said[1]
 
 
+@pytest.mark.parametrize("world", ["object_store"], indirect=True)
 def test_an_engine_that_was_killed_between_two_calls_is_replaced_at_the_next(world, expected):
-    world.generator.sync(Weights(8))
+    world.sync(8)
     os.kill(world.pids()[1], signal.SIGKILL)
     assert drawn(world.generate()) == expected
     assert len(world.said) == 2
 
 
+@pytest.mark.parametrize("world", ["object_store"], indirect=True)
 def test_an_engine_that_is_lost_twice_in_a_call_is_an_error_and_both_can_be_asked_again(
     world, expected
 ):
-    world.generator.sync(Weights(8))
+    world.sync(8)
     world.fault("always kill in generate")
     with pytest.raises(WorkerError, match=r"engine_\d rank 0 of 1 .* died in generate"):
         world.generate()
@@ -241,8 +303,9 @@ def test_an_engine_that_is_lost_twice_in_a_call_is_an_error_and_both_can_be_aske
 
 def test_an_engine_that_does_not_answer_in_time_is_replaced(cluster, tmp_path, expected):
     world = World(cluster, tmp_path, timeout_s=5.0)
+    world.connect(None)
     try:
-        world.generator.sync(Weights(8))
+        world.generator.sync(WeightsHere())
         world.fault("stop in generate")
         assert drawn(world.generate()) == expected
         assert "no answer to generate within cluster.worker_timeout_s=5" in world.said[0]
@@ -250,8 +313,31 @@ def test_an_engine_that_does_not_answer_in_time_is_replaced(cluster, tmp_path, e
         world.generator.close()
 
 
+@pytest.mark.parametrize("world", ["object_store", "ipc"], indirect=True)
+def test_an_engine_that_misses_weights_which_nobody_has_any_more_is_an_error(world, expected):
+    """In the store they are kept; otherwise the policy must not have gone on."""
+    world.sync(8)
+    world.policy.load(Path("5"))
+    world.fault("kill in generate")
+    if world.generator._transport is None:
+        assert drawn(world.generate()) == expected
+        return
+    with pytest.raises(CheckpointError, match="refit_transport=object_store they are kept"):
+        world.generate()
+    world.sync(8)
+    assert drawn(world.generate()) == expected
+
+
+def test_weights_of_the_driver_go_through_the_store_whatever_the_transport(world, expected):
+    world.generator.sync(WeightsHere())
+    assert drawn(world.generate()) == expected
+    world.sync(8)
+    assert drawn(world.generate()) == expected
+
+
+@pytest.mark.parametrize("world", ["object_store"], indirect=True)
 def test_what_an_engine_refuses_is_refused_and_no_death(world):
-    world.generator.sync(Weights(8))
+    world.sync(8)
     pids = world.pids()
     with pytest.raises(DataError, match="prompt 666 is too long.*engine_1"):
         world.generator.generate([*PROMPTS, Prompt(666, (1,), "", "")], SAMPLING)
@@ -260,38 +346,48 @@ def test_what_an_engine_refuses_is_refused_and_no_death(world):
 
 
 @pytest.mark.parametrize(
-    ("policy", "fault", "error", "message"),
+    ("value", "fault", "error", "message"),
     [
-        (Weights(3, wrong=True), None, CheckpointError, "w1 is not a weight of this model"),
-        (Weights(3, breaks=True), None, ConnectionError, "the policy is gone"),
-        (Weights(3), "digest", CheckpointError, "version .* for different ones: .*another"),
+        (Weigher.WRONG, None, CheckpointError, "w1 is not a weight of this model"),
+        (Weigher.BREAKS, None, WorkerError, "ConnectionError: nothing comes any more"),
+        (3, "digest", CheckpointError, "version .* for different ones: .*another"),
     ],
 )
 def test_after_a_sync_that_failed_nothing_is_drawn_until_one_succeeds(
-    world, expected, policy, fault, error, message
+    world, expected, value, fault, error, message
 ):
-    world.generator.sync(Weights(8))
+    world.sync(8)
     if fault:
         world.fault(fault)
     with pytest.raises(error, match=message):
-        world.generator.sync(policy)
+        world.sync(value)
     with pytest.raises(CheckpointError, match="a sync has to succeed first"):
         world.generate()
-    world.generator.sync(Weights(8))
+    world.sync(8)
     assert drawn(world.generate()) == expected
+    assert world.said == []
 
 
+def test_weights_that_have_not_changed_are_not_sent_again(world, expected):
+    world.sync(8)
+    first = world.generate()
+    world.fault("always kill in load")
+    world.generator.sync(world.policy)
+    assert world.generate() == first, "versions too"
+
+
+@pytest.mark.parametrize("world", ["object_store"], indirect=True)
 def test_rollouts_of_other_weights_than_those_of_the_last_sync_are_refused(world):
-    world.generator.sync(Weights(8))
+    world.sync(8)
     world.fault("version")
     with pytest.raises(CheckpointError, match="version 99 of the weights"):
         world.generate()
 
 
 def test_a_sync_stamps_the_rollouts_with_its_number(world):
-    world.generator.sync(Weights(3))
+    world.sync(3)
     first = world.generate()
-    world.generator.sync(Weights(4))
+    world.sync(4)
     second = world.generate()
     versions = [{r.weights_version for r in rollouts} for rollouts in (first, second)]
     (one,), (other,) = versions

@@ -141,10 +141,12 @@ def make_group(cluster, tmp_path_factory):
     groups = []
     two_ranks = place(CONFIG, ParallelSizes(ONE, ONE, ONE, ONE), gpus_found=0)
 
-    def make(*, factory=None, timeout_s=60.0, name="policy", placement=two_ranks):
+    def make(*, factory=None, timeout_s=60.0, name="policy", placement=two_ranks, **options):
         logs = tmp_path_factory.mktemp("logs")
         env = {"NEMO_LIKE_TEST": "from the configuration"}
-        config = GroupConfig(name, placement, factory or Make(Echo), logs, timeout_s, env)
+        config = GroupConfig(
+            name, placement, factory or Make(Echo), logs, timeout_s, env, **options
+        )
         groups.append(WorkerGroup(cluster, config))
         groups[-1].start()
         return groups[-1], logs
@@ -296,7 +298,7 @@ def test_an_error_of_a_factory_is_the_error_of_the_start(make_group):
 def policy(make_group):
     four = CONFIG.model_copy(update={"cpu_workers_per_node": 4})
     placement = place(four, ParallelSizes(ParallelAxis(2, ""), ONE, ONE, ONE), gpus_found=0)
-    group, _ = make_group(factory=Make(SumBackend), placement=placement)
+    group, _ = make_group(factory=Make(SumBackend), placement=placement, bucket_bytes=16)
     plain = Batching("plain", micro_batch_size=2)
     return RemotePolicy(group, placement, train=plain, logprob=plain)
 
@@ -330,7 +332,7 @@ def test_weights_are_exported_whole_in_order_and_in_bounded_chunks(policy):
     exported = list(policy.export_weights())
     assert [(name, float(t[0])) for name, t in exported] == [(f"w{i}", float(i)) for i in range(5)]
     assert all(t.dtype == torch.bfloat16 for _, t in exported)
-    assert len(list(policy._group.stream("export_weights", chunk_bytes=16))) == 3
+    assert len(list(policy.send_weights())) == 3
 
 
 def test_a_save_in_the_background_that_does_not_end_in_time_is_a_hang(policy, monkeypatch):

@@ -206,15 +206,22 @@ def test_senseless_sampling_parameters_are_refused():
 
 def test_rollouts_carry_the_version_of_their_weights():
     class FrozenPolicy:
+        weights_version = 0
+
         def export_weights(self):
             return iter(newborn(CONFIGS["qwen3"], seed=3).state_dict().items())
 
     engine = loaded_engine(CONFIGS["qwen3"])
     (before,) = engine.generate(prompts(1), GREEDY)
-    engine.sync(FrozenPolicy())
+    policy = FrozenPolicy()
+    engine.sync(policy)
+    engine.sync(policy)  # not sent again
     (after,) = engine.generate(prompts(1), GREEDY)
     assert (before.weights_version, after.weights_version) == (1, 2)
     assert before.sampled_logprobs != after.sampled_logprobs
+    policy.weights_version += 1
+    engine.sync(policy)
+    assert engine.generate(prompts(1), GREEDY)[0].weights_version == 3
 
 
 def test_an_engine_without_weights_refuses_to_generate():

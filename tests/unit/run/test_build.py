@@ -7,6 +7,8 @@ from nemo_like.config.generation import RolloutPolicyConfig
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
 from nemo_like.run.build import choose_engines
+from nemo_like.weight_sync.broadcast import Broadcast
+from nemo_like.weight_sync.ipc import Ipc
 
 ON_CPU = Placement((RankPlace(0, 0, 0),), num_nodes=1, uses_gpu=False)
 ON_GPU = Placement((RankPlace(0, 0, 0),), num_nodes=1, uses_gpu=True)
@@ -33,8 +35,12 @@ def test_vllm_on_gpus_is_refused_with_a_way_out():
         choose_engines(policy(), ON_GPU)
 
 
-@pytest.mark.parametrize("transport", ["cuda_ipc", "nccl"])
-def test_transports_between_gpus_are_refused(transport):
-    generation = policy(refit_transport=transport, colocated={"enabled": transport == "cuda_ipc"})
-    with pytest.raises(ConfigError, match=f"refit_transport={transport} is between GPUs"):
-        choose_engines(generation, ON_CPU)
+def test_weights_go_through_the_object_store_unless_another_way_is_asked_for():
+    asked = {None: None, "object_store": None, "ipc": Ipc(), "broadcast": Broadcast()}
+    for name, transport in asked.items():
+        assert choose_engines(policy(refit_transport=name), ON_CPU).transport == transport
+
+
+def test_a_direct_way_from_gpus_to_engines_on_cpus_is_refused():
+    with pytest.raises(ConfigError, match="refit_transport=ipc: the policy is on GPUs and the eng"):
+        choose_engines(policy(backend="hf", refit_transport="ipc"), ON_GPU)
