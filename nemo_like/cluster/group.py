@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class WorkerGroup:
         self._broken: NemoLikeError | None = None
         self._closing = threading.Event()
         self._host = memory.Host.now()
+        self._turn = threading.Lock()
 
     def start(self) -> None:
         """Begins to start all workers; a second call does nothing."""
@@ -101,14 +103,16 @@ class WorkerGroup:
     def call_all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """The values of one call on every rank; references among the arguments resolve there."""
         self.wait_ready()
-        refs = [actor.call.remote(method, *args, **kwargs) for actor in self._actors]
-        return self._gather(refs, method)
+        with self._alone(method):
+            refs = [actor.call.remote(method, *args, **kwargs) for actor in self._actors]
+            return self._gather(refs, method)
 
     def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The values of one call with arguments of their own on every rank."""
         self.wait_ready()
         pairs = zip(self._actors, args_of_rank, strict=True)
-        return self._gather([actor.call.remote(method, *args) for actor, args in pairs], method)
+        with self._alone(method):
+            return self._gather([actor.call.remote(method, *args) for actor, args in pairs], method)
 
     def put(self, value: Any) -> Any:
         """A reference to a value, so that ranks that share it do not each get a copy."""
@@ -144,16 +148,17 @@ class WorkerGroup:
         gathering a tensor is a collective. The next bucket is sent while the caller works with the
         last: at most two exist.
         """
-        self._tell("open_stream", method, self._config.bucket_bytes, direct)
-        ahead = self._request_parcel(method)
-        while True:
-            counts = self._gather([count for count, _ in ahead], method)
-            parcels = [parcel for _, parcel in ahead]
-            if not counts[0]:
-                self._tell("finish_sending")
-                return
+        with self._alone(method):
+            self._tell("open_stream", method, self._config.bucket_bytes, direct)
             ahead = self._request_parcel(method)
-            yield parcels
+            while True:
+                counts = self._gather([count for count, _ in ahead], method)
+                parcels = [parcel for _, parcel in ahead]
+                if not counts[0]:
+                    self._tell("finish_sending")
+                    return
+                ahead = self._request_parcel(method)
+                yield parcels
 
     def feed(
         self, method: str, parcels: Iterable[list[Any]], *, direct: bool = False, **kwargs: Any
@@ -260,6 +265,22 @@ class WorkerGroup:
             "LOCAL_RANK": str(place.local_rank),
             "LOCAL_WORLD_SIZE": str(placement.workers_per_node),
         }
+
+    @contextmanager
+    def _alone(self, phase: str) -> Iterator[None]:
+        """Inside, no other thread has a call: ranks would meet in collectives of different calls.
+
+        An engine that is replaced gets its weights in a thread of its own, while others work.
+        """
+        if not self._turn.acquire(timeout=self._config.timeout_s):
+            raise WorkerError(
+                f"the {self._config.name} workers did not come to {phase} within "
+                f"cluster.worker_timeout_s={self._config.timeout_s:g}: another call did not end"
+            )
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def _tell(self, verb: str, *args: Any) -> list[Any]:
         """The answers of all workers themselves, not of their objects."""

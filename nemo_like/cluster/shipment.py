@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -80,12 +81,9 @@ class Shipment:
         """
         ended = "broken"
         try:
-            for parcels in self._outgoing():
-                with self._changed:
-                    self._parcels.append(parcels)
-                    self._changed.notify_all()
-                    if self._line is not None:
-                        self._changed.wait_for(self._is_received)
+            with closing(self._outgoing()) as outgoing:
+                for parcels in outgoing:
+                    self._offer(parcels)
             ended = "whole"
         finally:
             self._note(stage=ended)
@@ -104,8 +102,7 @@ class Shipment:
                 receiver = line.transport.receiver(number, num_receivers=len(self._engines))
                 engine.open_receiver(receiver, self._address)
             parcels, direct = self._incoming(number), line is not None
-            taken = engine.feed("load_weights", parcels, direct=direct, version=self.version)
-            return str(taken[0])
+            return self._feed(engine, parcels, direct=direct)
         finally:
             with self._changed:
                 self._lost_an_engine = self._lost_an_engine or engine.is_lost
@@ -127,16 +124,32 @@ class Shipment:
         self.broke_with_an_engine()
         with self._resending:
             kept = self._stage == "whole" and self._line is None
-            parcels = self._parcels if kept else self._through_the_store()
-            digest = str(engine.feed("load_weights", parcels, version=self.version)[0])
+            if kept:
+                return self._feed(engine, self._parcels)
+            with closing(self._through_the_store()) as parcels:
+                digest = self._feed(engine, self._unless_trained_on(parcels))
         if self.digest not in ("", digest):
-            raise CheckpointError(
-                f"an engine was lost, and the policy no longer has version {self.version} of the "
-                "weights. With policy.generation.refit_transport=object_store they are kept"
-            )
+            raise self._gone()
         return digest
 
-    def _outgoing(self) -> Iterator[list[Any]]:
+    def _feed(
+        self, engine: WorkerGroup, parcels: Iterable[list[Any]], *, direct: bool = False
+    ) -> str:
+        taken = engine.feed("load_weights", parcels, direct=direct, version=self.version)
+        return str(taken[0])
+
+    def _unless_trained_on(self, parcels: Iterable[list[Any]]) -> Iterator[list[Any]]:
+        if not self.is_of(self._source):
+            raise self._gone()
+        yield from parcels
+
+    def _gone(self) -> CheckpointError:
+        return CheckpointError(
+            f"an engine was lost, and the policy no longer has version {self.version} of the "
+            "weights. With policy.generation.refit_transport=object_store they are kept"
+        )
+
+    def _outgoing(self) -> Generator[list[Any]]:
         if self._line is None:
             yield from self._through_the_store()
             return
@@ -147,12 +160,21 @@ class Shipment:
             policy.meet_receivers()
         yield from policy.send_weights(direct=True)
 
-    def _through_the_store(self) -> Iterable[list[Any]]:
+    def _through_the_store(self) -> Generator[list[Any]]:
         if isinstance(self._source, RemotePolicy):
-            return self._source.send_weights()
+            yield from self._source.send_weights()
+            return
         sender, put = StoreSender(), self._engines[0].put
-        tensors = buckets(self._source.export_weights(), BUCKET_BYTES)
-        return ([put(sender.send(bucket))] for bucket in tensors)
+        for bucket in buckets(self._source.export_weights(), BUCKET_BYTES):
+            yield [put(sender.send(bucket))]
+
+    def _offer(self, parcels: list[Any]) -> None:
+        """Lets engines have it; what goes by a line must be there before the next is sent."""
+        with self._changed:
+            self._parcels.append(parcels)
+            self._changed.notify_all()
+            if self._line is not None:
+                self._changed.wait_for(self._is_received)
 
     def _incoming(self, number: int) -> Iterator[list[Any]]:
         """All parcels, as they come; whoever asks for the next has received the last."""
