@@ -61,6 +61,8 @@ class HFEngine:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
+        from nemo_like.rollout.decoding import ATTENTION
+
         if "model_type" not in model_config:
             raise ConfigError(
                 "the model's config.json has no model_type: is it that of a causal LM?"
@@ -68,7 +70,9 @@ class HFEngine:
         config = AutoConfig.for_model(**model_config)
         # Random weights would cost time, and draw from the generator that training draws from.
         with no_init_weights(), torch.device(device):
-            self._model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self._model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION
+            )
         self._model.tie_weights()
         self._model.eval()
         self._config = self._model.config
@@ -133,8 +137,9 @@ class HFEngine:
         check_sampling(sampling)
         numbers = sample_numbers(prompts) if samples is None else samples
         rows = [self._start(p, k, sampling) for p, k in zip(prompts, numbers, strict=True)]
-        # Rows of like length share a batch, so little of it is padding.
-        by_length = sorted(rows, key=lambda row: len(row.prompt.token_ids))
+        # Rows of like length share a batch, so little of it is padding; those of one prompt share
+        # its way through the model.
+        by_length = sorted(rows, key=lambda row: (len(row.prompt.token_ids), row.prompt.token_ids))
         for first in range(0, len(rows), self._max_num_seqs):
             self._complete(by_length[first : first + self._max_num_seqs], sampling)
         return [row.rollout(self._decode, version) for row in rows]
@@ -151,32 +156,47 @@ class HFEngine:
 
     def _complete(self, rows: Sequence[_Completion], sampling: SamplingParams) -> None:
         """Decode until the last row has ended; an ended row leaves batch and cache at once."""
-        from transformers import DynamicCache
+        from nemo_like.rollout.decoding import growing_cache
 
-        ids_BT, mask_BT = _pad_left([row.prompt.token_ids for row in rows], self._device)
+        place = {ids: b for b, ids in enumerate(dict.fromkeys(r.prompt.token_ids for r in rows))}
+        ids_BT, mask_BT = _pad_left(list(place), self._device)
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self._config)
-        while rows:
-            logits_BV = self._model(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                position_ids=positions_BT,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+        cache = growing_cache(self._config)
+        logits_BV = self._next_logits(ids_BT, mask_BT, positions_BT, cache)
+        # So far the batch was of prompts, and now it is of samples.
+        begun_B = torch.tensor([place[row.prompt.token_ids] for row in rows], device=self._device)
+        logits_BV, mask_BT = logits_BV.index_select(0, begun_B), mask_BT.index_select(0, begun_B)
+        positions_B1 = positions_BT[:, -1:].index_select(0, begun_B)
+        cache.batch_select_indices(begun_B)
+        while True:
             tokens_B = _extend(rows, logits_BV, sampling)
             alive = [b for b, row in enumerate(rows) if not self._has_ended(row, sampling)]
+            if not alive:
+                return
             if len(alive) < len(rows):
                 keep_B = torch.tensor(alive, dtype=torch.int64, device=self._device)
                 rows = [rows[b] for b in alive]
-                tokens_B, mask_BT, positions_BT = (
-                    x.index_select(0, keep_B) for x in (tokens_B, mask_BT, positions_BT)
+                tokens_B, mask_BT, positions_B1 = (
+                    x.index_select(0, keep_B) for x in (tokens_B, mask_BT, positions_B1)
                 )
                 cache.batch_select_indices(keep_B)
-            ids_BT = tokens_B[:, None]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=-1)
-            positions_BT = positions_BT[:, -1:] + 1
+            positions_B1 = positions_B1 + 1
+            logits_BV = self._next_logits(tokens_B[:, None], mask_BT, positions_B1, cache)
+
+    def _next_logits(
+        self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Any
+    ) -> Tensor:
+        """The logits of what follows the last of these tokens. Shapes: [B, V]."""
+        logits: Tensor = self._model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1]
 
     def _has_ended(self, row: _Completion, sampling: SamplingParams) -> bool:
         if row.token_ids[-1] in sampling.stop_token_ids or completes_stop_string(

@@ -148,6 +148,19 @@ def test_the_samples_of_a_group_differ_and_do_not_depend_on_the_other_groups():
     assert [mixed[i].token_ids for i in (1, 3, 5)] == [r.token_ids for r in group]
 
 
+def test_a_prompt_goes_through_the_model_once_however_many_samples_it_has():
+    engine = loaded_engine(CONFIGS["qwen3"])
+    a, b, c = prompts(3)
+    shapes = []
+    engine._model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    engine.generate([a, b, c] * 5, SamplingParams(4, seed=1))
+    longest = max(len(prompt.token_ids) for prompt in (a, b, c))
+    assert shapes == [(3, longest), (15, 1), (15, 1), (15, 1)]
+
+
 def test_another_seed_gives_other_rollouts_and_the_same_seed_the_same():
     engine = loaded_engine(CONFIGS["qwen3"])
     first = engine.generate(prompts(4), SamplingParams(16, seed=1))
