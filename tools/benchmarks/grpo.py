@@ -105,18 +105,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=8, help="of a forward pass with gradient")
     options = parser.parse_args()
+    rows = options.rows
     rounds = options.steps * options.repeats
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder)
-        sides = {"trl": Side(run_trl, folder)}
+        sides = {"trl": Side(run_trl, folder, rows)}
         first = sides["trl"].wait()
-        replay = Side(train_on, folder, first["drawn"])
+        replay = Side(train_on, folder, rows, first["drawn"])
         apart = check(first["metrics"], replay.wait())
         replay.end()
         for backend in ("hf", "vllm"):
-            sides[backend] = Side(run_ours, folder, backend)
+            sides[backend] = Side(run_ours, folder, rows, backend)
             sides[backend].wait()
         loads = [os.getloadavg()[0]]
         for number in range(rounds):

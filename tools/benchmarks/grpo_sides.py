@@ -73,7 +73,7 @@ class Turn:
             raise SystemExit
 
 
-def run_trl(folder: Path, line: Connection) -> None:
+def run_trl(folder: Path, line: Connection, rows: int) -> None:
     """TRL's trainer, left as it is but for the settings of the protocol."""
     import torch
     from datasets import Dataset
@@ -113,7 +113,8 @@ def run_trl(folder: Path, line: Connection) -> None:
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
-            per_device_train_batch_size=PROMPTS * SAMPLES,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=PROMPTS * SAMPLES // rows,
             num_generations=SAMPLES,
             max_completion_length=NEW_TOKENS,
             max_steps=STEPS_AT_MOST,
@@ -134,7 +135,7 @@ def run_trl(folder: Path, line: Connection) -> None:
     trainer.train()
 
 
-def tree(folder: Path, backend: str) -> Any:
+def tree(folder: Path, backend: str, rows: int) -> Any:
     """The configuration of our side."""
     from nemo_like.config.grpo import GRPOConfig, GRPOTree
     from nemo_like.config.loss import ClippedPGConfig
@@ -146,7 +147,7 @@ def tree(folder: Path, backend: str) -> Any:
         "tokenizer": {"chat_template": None},
         "precision": "float32",
         "train_global_batch_size": PROMPTS * SAMPLES,
-        "train_micro_batch_size": PROMPTS * SAMPLES,
+        "train_micro_batch_size": rows,
         "max_total_sequence_length": 256,
         "optimizer": OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.0),
         "generation": {"backend": backend, "max_new_tokens": NEW_TOKENS},
@@ -214,12 +215,13 @@ def our_machines(config: Any, folder: Path) -> Iterator[Any]:
         yield world
 
 
-def run_ours(folder: Path, line: Connection, backend: str) -> None:
+def run_ours(folder: Path, line: Connection, rows: int, backend: str) -> None:
     """The page of GRPO; it waits where the metrics of a step are written."""
     from nemo_like.algorithms import grpo
     from nemo_like.losses.clipped_pg import ClippedPG
     from nemo_like.observability.sinks import JsonlSink
     from nemo_like.observability.timing import StepClock
+    from nemo_like.rollout.source import Drawing, RolloutsOnTime
     from nemo_like.run.journal import RunJournal, StopRequest
     from nemo_like.types import SamplingParams
 
@@ -235,7 +237,7 @@ def run_ours(folder: Path, line: Connection, backend: str) -> None:
         def close(self) -> None:
             """Nothing is buffered."""
 
-    config = tree(folder, backend)
+    config = tree(folder, backend, rows)
     with our_machines(config, folder) as world:
         journal = RunJournal(
             policy=world.policy,
@@ -248,14 +250,16 @@ def run_ours(folder: Path, line: Connection, backend: str) -> None:
             stop=StopRequest(must_save_by=None, began=time.monotonic()),
             steps=range(1, STEPS_AT_MOST + 1),
         )
+        sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
+        drawing = Drawing(Prompts(), world.generator, Judge(), sampling, PROMPTS, SAMPLES)
         grpo.train(
-            world.policy, world.generator, Judge(), Prompts(), lambda step: {}, journal,
+            world.policy, RolloutsOnTime(drawing, world.policy), lambda step: {}, journal,
             lambda step, stats: None, grpo=config.grpo, loss=ClippedPG(config.loss_fn),
-            sampling=SamplingParams(max_new_tokens=NEW_TOKENS), num_updates=1,
+            num_updates=1,
         )  # fmt: skip
 
 
-def train_on(folder: Path, line: Connection, drawn: list[list[int]]) -> None:
+def train_on(folder: Path, line: Connection, rows: int, drawn: list[list[int]]) -> None:
     """What our first step makes of the tokens that TRL drew in its own."""
     import torch
 
@@ -264,7 +268,7 @@ def train_on(folder: Path, line: Connection, drawn: list[list[int]]) -> None:
     from nemo_like.rollout.collect import rewards_of, rollout_batch
     from nemo_like.types import Group, Rollout
 
-    config = tree(folder, "hf")
+    config = tree(folder, "hf", rows)
     groups = []
     for place, prompt in enumerate(Prompts().take(PROMPTS)):
         rollouts = tuple(
