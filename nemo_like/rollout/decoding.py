@@ -25,6 +25,8 @@ class GrowingLayer(DynamicLayer):
     New tokens are written behind the others, which are copied only when the room is used up.
     """
 
+    keys: Tensor
+    values: Tensor
     _buffers: list[Tensor]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
