@@ -199,17 +199,24 @@ def test_rollouts_that_would_be_too_old_are_refused_by_the_key_to_set():
 
 
 def test_a_validation_finds_the_engines_at_rest():
+    def slow_at_the_end():
+        if len(run.generator.seeds) == 4:  # the fourth step's, after a probe
+            time.sleep(0.1)
+
     run = Run(age=3)
-    run.generator.before = lambda: time.sleep(0.002)
+    run.generator.before = slow_at_the_end
+    drawn = []
 
     def validate(step):
         run.rollouts.settle()
-        run.generator.sync(run.policy)  # refuses while it draws
+        drawn.append(len(run.generator.seeds))
+        run.generator.sync(run.policy)
         return {}
 
     run.train(validate=validate, val_period=2, val_at_start=True)
-    assert run.drawn_by == Run(age=3).train().drawn_by
-    assert run.tokens == Run(age=3).train().tokens
+    assert drawn == [0, 5, 9, 9, 11], "with a probe before the steps 1, 4 and 7"
+    straight = Run(age=3).train()
+    assert run.drawn_by == straight.drawn_by and run.tokens == straight.tokens
 
 
 def test_closing_ends_what_is_being_drawn_and_what_waits():
