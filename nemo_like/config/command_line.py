@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn
 
 from nemo_like.config import compat, compose
-from nemo_like.config.draft import DEFAULT, Origin, Problem
+from nemo_like.config.draft import COMMAND_LINE, DEFAULT, Draft, Origin, Problem
 from nemo_like.config.help import help_text
 from nemo_like.config.report import nearest_choice, report
 from nemo_like.config.schema import defaults, known_paths
@@ -126,8 +126,21 @@ def _trees(
         if node is None:
             raise ConfigError(report(found, draft))
         trees.append(node)
-        notes += draft.notes
+        notes += [*draft.notes, *_idle_muon_keys(node, draft)]
     return trees, notes
+
+
+def _idle_muon_keys(node: RunTree, draft: Draft) -> list[str]:
+    """Notes on Muon's settings that were typed where no Muon is; a file may well carry them."""
+    if node.policy.active_optimizer.is_muon:
+        return []
+    typed = sorted(
+        ".".join(path)
+        for path, origin in draft.origins.items()
+        if path[-1].startswith("muon_") and origin.text.startswith(COMMAND_LINE)
+    )
+    name = node.policy.active_optimizer.optimizer
+    return [f"{key} has no effect under optimizer={name}; Muon is optimizer=muon" for key in typed]
 
 
 def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> compose.Files:
@@ -179,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 def _no_such_option(word: str) -> Problem:
     guess = nearest_choice(word, OPTIONS)
     message = "there is no such option" + (f"; did you mean {guess}?" if guess else "")
-    return Problem(message, origin=Origin(0, f"command line: {word}"))
+    return Problem(message, origin=Origin(0, COMMAND_LINE + word))
 
 
 def _no_such_file(name: str) -> Problem:
@@ -187,4 +200,4 @@ def _no_such_file(name: str) -> Problem:
     guess = nearest_choice(name, known)
     message = "there is no such file, neither from here nor in the repository"
     message += f"; did you mean {guess}?" if guess else ""
-    return Problem(message, origin=Origin(0, f"command line: --config {name}"))
+    return Problem(message, origin=Origin(0, f"{COMMAND_LINE}--config {name}"))

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_like.config.draft import Draft, Origin, Problem, find, split, walk
+from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem, find, split, walk
 from nemo_like.config.schema import Key, is_known
 from nemo_like.errors import ConfigError
 
@@ -322,7 +322,7 @@ def _text(override: Override) -> str:
 
 
 def _line(layer: int, text: str) -> Origin:
-    return Origin(layer, f"command line: {text}")
+    return Origin(layer, COMMAND_LINE + text)
 
 
 def _first_line(error: Exception) -> str:

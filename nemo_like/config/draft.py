@@ -21,6 +21,8 @@ class Origin:
 
 
 DEFAULT = Origin(-1, "default")
+COMMAND_LINE = "command line: "
+"""How the text of an origin begins that is an override."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nemo_like.assets import bundled
 from nemo_like.config.base import Conflict
@@ -19,6 +20,8 @@ PARALLEL_SIZES = (
     "pipeline_model_parallel_size",
     "context_parallel_size",
 )
+
+HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 def layout_conflicts(policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[Conflict]:
@@ -94,15 +97,36 @@ def length_conflicts(policy: PolicyConfig, data: DataConfig) -> Iterator[Conflic
             ("data.max_input_seq_length", "policy.max_total_sequence_length"),
             "an example can not be longer than a sequence",
         )
-    config = (bundled(policy.model_name) or Path(policy.model_name)) / "config.json"
-    if config.is_file():
-        model = json.loads(config.read_text()) | policy.hf_config_overrides
-        longest = model.get("max_position_embeddings")
-        if isinstance(longest, int) and limit > longest:
+    longest = _known_model(policy).get("max_position_embeddings")
+    if isinstance(longest, int) and limit > longest:
+        yield Conflict(
+            ("policy.max_total_sequence_length", "policy.model_name"),
+            f"this model has {longest} positions (max_position_embeddings)",
+        )
+
+
+def head_conflicts(policy: PolicyConfig) -> Iterator[Conflict]:
+    """Attention heads of a local or bundled model that its tensor-parallel ranks can not share."""
+    is_megatron = isinstance(policy.backend, MegatronConfig)
+    name = "tensor_model_parallel_size" if is_megatron else "tensor_parallel_size"
+    size, model = getattr(policy.backend, name), _known_model(policy)
+    # Where there are fewer key-value heads than ranks, Megatron gives several ranks the same one.
+    for kind in ("num_attention_heads",) if is_megatron else HEADS:
+        heads = model.get(kind)
+        if isinstance(heads, int) and heads % size:
             yield Conflict(
-                ("policy.max_total_sequence_length", "policy.model_name"),
-                f"this model has {longest} positions (max_position_embeddings)",
+                (f"policy.{policy.backend_key}.{name}", "policy.model_name"),
+                f"{size} ranks can not share this model's {heads} heads ({kind})",
             )
+
+
+def _known_model(policy: PolicyConfig) -> dict[str, Any]:
+    """The content of the model's config.json, if it is here; else nothing."""
+    config = (bundled(policy.model_name) or Path(policy.model_name)) / "config.json"
+    if not config.is_file():
+        return {}
+    model: dict[str, Any] = json.loads(config.read_text())
+    return model | policy.hf_config_overrides
 
 
 def missing_files(policy: PolicyConfig, data: DataConfig) -> Iterator[Conflict]:

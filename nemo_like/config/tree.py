@@ -9,6 +9,7 @@ from nemo_like.config.base import Conflict, Node
 from nemo_like.config.data import DataConfig
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.config.rules import (
+    head_conflicts,
     layout_conflicts,
     length_conflicts,
     missing_files,
@@ -60,6 +61,7 @@ class RunTree(Node):
         yield from tuning_conflicts(self.policy, self.real_config)
         yield from layout_conflicts(self.policy, self.training_cluster)
         yield from length_conflicts(self.policy, self.data)
+        yield from head_conflicts(self.policy)
         yield from missing_files(self.policy, self.data)
         yield from secret_conflicts(self.policy)
         yield from self._ranking_conflicts()

@@ -39,14 +39,14 @@ class Answer:
     is_correct: bool | None = None
 
     @classmethod
-    def of(cls, rollout: Rollout, reward: float, step: int) -> Answer:
+    def of(cls, rollout: Rollout, step: int, *, is_right: bool) -> Answer:
         """A rollout as an answer, with what an environment wrote into it in guillemets."""
         text = rollout.text
         for reply in reversed(rollout.replies):
             start, stop = reply.characters
             words = text[start:stop].strip()
             text = text[:start] + text[start:stop].replace(words, f"«{words}»", 1) + text[stop:]
-        return cls(step, rollout.prompt.text, text, rollout.prompt.answer, reward == 1.0)
+        return cls(step, rollout.prompt.text, text, rollout.prompt.answer, is_right)
 
 
 def is_number(text: str) -> bool:

@@ -9,6 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SOLVED = 1.0
+"""What an environment gives a right answer, before anything is made of it; less is in part."""
+
+
+def is_solved(reward: float) -> bool:
+    """Whether an answer with this reward of an environment is right."""
+    return reward >= SOLVED
+
 
 def scale_rewards(
     rewards: Tensor, *, source_min: float, source_max: float, target_min: float, target_max: float

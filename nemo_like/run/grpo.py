@@ -27,6 +27,7 @@ from nemo_like.interfaces import Environment, Generator, WeightSource
 from nemo_like.losses.clipped_pg import ClippedPG
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Answer
+from nemo_like.ops.rewards import is_solved
 from nemo_like.run.build import Batchings, machines, policy_factory
 from nemo_like.run.environments import build_environments, with_turns
 from nemo_like.run.rollouts import agreement_check, build_rollouts, sampling_of
@@ -317,7 +318,7 @@ def validator(
             return {}
         found = ask(greedy)
         session.show_answers(
-            Answer.of(rollout, reward, step)
+            Answer.of(rollout, step, is_right=is_solved(reward))
             for rollout, reward in zip(found.rollouts, found.rewards, strict=True)
         )
         metrics = found.metrics()
@@ -334,7 +335,7 @@ def pass_at_k(rewards: Sequence[float], k: int) -> Metrics:
     Samples of a prompt follow each other.
     """
     groups = [rewards[at : at + k] for at in range(0, len(rewards), k)]
-    solved = sum(max(group) >= 1.0 for group in groups)
+    solved = sum(is_solved(max(group)) for group in groups)
     return {
         f"pass@{k}": Metric(solved / len(groups), "mean", weight=len(groups)),
         "sampled_accuracy": Metric(sum(rewards) / len(rewards), "mean", weight=len(rewards)),

@@ -20,6 +20,7 @@ from nemo_like.data.tokenizer import load_tokenizer
 from nemo_like.errors import ConfigError, DataError
 from nemo_like.observability.metrics import reduce
 from nemo_like.observability.records import Answer
+from nemo_like.ops.rewards import is_solved
 from nemo_like.run.build import Batchings, Machines, machines, policy_factory
 from nemo_like.run.environments import build_environment
 from nemo_like.run.session import Session, read_model_config
@@ -191,7 +192,7 @@ def _validator(
         for prompts, environment in asked:
             found = evaluate(world.policy, world.generator, environment, prompts, sampling)
             session.show_answers(
-                Answer.of(rollout, reward, step)
+                Answer.of(rollout, step, is_right=is_solved(reward))
                 for rollout, reward in zip(found.rollouts, found.rewards, strict=True)
             )
             metrics = reduce([metrics, found.metrics()])

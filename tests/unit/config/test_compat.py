@@ -270,3 +270,12 @@ def test_of_a_warm_up_in_steps_and_one_as_a_share_the_later_one_counts(sft, writ
     share = sft("policy.scheduler.lr_warmup_iters=3", "policy.scheduler.lr_warmup_fraction=0.1")
     assert (share.tree.policy.scheduler.lr_warmup_iters) == 0
     assert share.tree.policy.scheduler.lr_warmup_fraction == 0.1
+
+
+def test_a_muon_setting_that_is_typed_without_muon_is_told_of_and_one_in_a_file_is_not(sft, write):
+    typed = "policy.optimizer.muon_momentum=0.9"
+    (note,) = sft(typed).notes
+    assert note.startswith("policy.optimizer.muon_momentum has no effect under optimizer=adam")
+    assert sft(typed, "policy.optimizer.optimizer=muon").notes == ()
+    file = write("policy: {optimizer: {muon_momentum: 0.9}}\n")
+    assert not any("muon" in note for note in sft("--config", file).notes)

@@ -343,6 +343,17 @@ def test_a_model_with_fewer_positions_than_the_sequence_is_refused(refused, writ
     assert "this model has 128 positions" in report
 
 
+def test_heads_that_tensor_parallel_ranks_can_not_share_are_refused_before_anything_starts(
+    refused, tmp_path
+):
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 8, "num_key_value_heads": 2}')
+    options = ("cluster.gpus_per_node=4", f"policy.model_name={tmp_path}")
+    key = "policy.dtensor_cfg.tensor_parallel_size"
+    report = refused("--config", "configs/sft.yaml", *options, f"{key}=4")
+    assert "4 ranks can not share this model's 2 heads (num_key_value_heads)" in report
+    assert f"  {key} = 4" in report
+
+
 def test_everything_is_reported_at_once(refused, write):
     text = BASE + "policy:\n  precision: bf16\nsfft:\n  x: 1\n"
     report = refused(
@@ -361,7 +372,7 @@ def test_everything_is_reported_at_once(refused, write):
 
 
 def test_a_bad_value_hides_no_conflict_and_invents_none(refused):
-    report = refused("cluster.gpus_per_node=x", "policy.dtensor_cfg.tensor_parallel_size=7")
+    report = refused("cluster.gpus_per_node=x", "policy.dtensor_cfg.tensor_parallel_size=2")
     assert report.startswith("1 problem ")
     decay = ("policy.scheduler.lr_decay_style=linear", "policy.optimizer.min_lr=1e-4")
     assert refused("policy.optimizer.lr=x", *decay).startswith("1 problem ")

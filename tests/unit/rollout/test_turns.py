@@ -69,7 +69,7 @@ def test_tokens_of_a_reply_are_marked_and_have_no_log_probability():
     assert rollout.is_sampled == (True,) * 4 + (False,) * 2 + (True,) * 6
     assert rollout.sampled_logprobs == (-1.0,) * 4 + (0.0,) * 2 + (-2.0,) * 6
     assert rollout.num_sampled == 10
-    shown = Answer.of(rollout, 1.0, 3)
+    shown = Answer.of(rollout, 3, is_right=True)
     assert shown == Answer(3, "p", "7*6!\u00ab42\u00bbso 42", "", True)
 
 
@@ -97,7 +97,7 @@ def test_a_reply_after_the_end_of_a_message_is_the_next_message():
     (rollout,) = generator.generate([question("p")], SAMPLING)
     assert "".join(map(chr, rollout.token_ids)) == "hm*[hint]ah*"
     assert rollout.text == "hm\nhint\nah"
-    assert Answer.of(rollout, 0.0, 1).answer == "hm\n\u00abhint\u00bb\nah"
+    assert Answer.of(rollout, 1, is_right=False).answer == "hm\n\u00abhint\u00bb\nah"
 
 
 def test_the_dice_of_a_turn_are_its_own_and_do_not_depend_on_who_is_still_open():
