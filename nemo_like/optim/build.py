@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.errors import ConfigError
 from nemo_like.optim.combined import CombinedOptimizer
+from nemo_like.optim.layout import Layout, layout_of
 from nemo_like.optim.newton_schulz import coefficients
 from nemo_like.optim.routing import Algorithm, Routing, route
 from nemo_like.optim.rule import MuonRule
@@ -33,14 +33,14 @@ def build_optimizer(
     *,
     embeddings: Iterable[str] = (),
     attention: AttentionShape | None = None,
-    mesh: DeviceMesh | None = None,
+    layout: Callable[[Tensor], Layout] = layout_of,
 ) -> tuple[CombinedOptimizer, Routing]:
     """The optimizer of all trainable parameters, and who owns each of them and why.
 
     `embeddings` names parameters that are known to be embeddings or output heads (see
     `routing.embedding_names`); well-known names are recognised without. `attention` says where in a
-    packed matrix q, k and v are. `mesh` is that of the whole program, if it has several ranks: a
-    parameter on a part of it, or on none, is the same on all the rest.
+    packed matrix q, k and v are. `layout` says who holds which block of a parameter, if the program
+    has several ranks: all who hold a copy of one are in it.
 
     Raises:
         ConfigError: a parameter or a setting does not allow it; the message names the key.
@@ -61,6 +61,7 @@ def build_optimizer(
             split_gate_up=config.muon_split_gate_up,
             split_heads=config.muon_split_heads,
         ),
+        shape_of=lambda parameter: layout(parameter).shape,
     )
     if config.muon_split_heads and config.is_muon and not any(r.view.heads for r in routing.rows):
         raise ConfigError(
@@ -68,6 +69,8 @@ def build_optimizer(
             "k_proj, v_proj and packed forms of them; set it to false"
         )
     by_name = dict(named)
+    # In one order on all ranks, with an empty group for what only others hold.
+    algorithms: list[Algorithm] = ["adamw", "muon"] if algorithm == "muon" else [algorithm]
     groups = [
         {
             "params": [(name, by_name[name]) for name in routing.names(owner)],
@@ -76,9 +79,9 @@ def build_optimizer(
             "weight_decay": config.weight_decay,
             **_settings(owner, config, routing),
         }
-        for owner in dict.fromkeys(row.optimizer for row in routing.rows)
+        for owner in algorithms
     ]
-    optimizer = CombinedOptimizer(groups, mesh)
+    optimizer = CombinedOptimizer(groups, layout)
     _prove_all_claimed(optimizer, named)
     return optimizer, routing
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from nemo_like.errors import CheckpointError, ConfigError
 from nemo_like.optim.diagnostics import sizes
-from nemo_like.optim.layout import layout_of
+from nemo_like.optim.layout import Layout, layout_of
 from nemo_like.optim.muon import Muon, observations
-from nemo_like.optim.norm import local, local_squares, total_over_shards
+from nemo_like.optim.norm import local, local_squares, total_over_ranks
 
 STATE_TENSORS = {
     "muon": ("momentum_buffer",),
@@ -32,9 +32,10 @@ class CombinedOptimizer(Optimizer):
     the algorithm's own settings: `rule` (a `MuonRule`) and `views` (one per parameter) for muon;
     `betas` and `eps` for adamw; `momentum` for sgd. State exists from the beginning, so that a
     checkpoint of step 0 has the shape of every other, in the type of the weights (fp32). Parameters
-    may be DTensors of any placements; with the `mesh` of the whole program, copies of a matrix on
-    several ranks share Muon's work too. A parameter without a gradient is left alone; gradients
-    are only read.
+    may be DTensors of any placements, or plain tensors that are a rank's part of a whole one:
+    `layout` says which. Those who hold copies of a matrix share Muon's work. A group may be empty,
+    where other ranks have parameters for it. A parameter without a gradient is left alone;
+    gradients are only read.
 
     `watch` asks the steps that follow to keep what `metrics` tells of them.
 
@@ -42,9 +43,18 @@ class CombinedOptimizer(Optimizer):
         ConfigError: a parameter is held in half precision.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], mesh: DeviceMesh | None = None) -> None:
-        super().__init__(list(groups), defaults={})
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        layout: Callable[[Tensor], Layout] = layout_of,
+    ) -> None:
+        super().__init__([{"param_names": []} | group for group in groups], defaults={})
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        layouts: list[list[Layout]] = []
         for group in self.param_groups:
+            layouts.append([layout(parameter) for parameter in group["params"]])
+            blocks = [own.held_by(rank) for own in layouts[-1]]
+            group["copies"] = [1 if block is None else len(block.holders) for block in blocks]
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter.dtype not in (torch.float32, torch.float64):
                     raise ConfigError(
@@ -56,12 +66,14 @@ class CombinedOptimizer(Optimizer):
                     state[key] = torch.zeros_like(parameter, requires_grad=False)
                 if group["algorithm"] == "adamw":
                     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        held = [local(p).device for group in self.param_groups for p in group["params"]]
+        self._device = held[0] if held else torch.device("cpu")
         self.watch = self._is_watched = False
         self._muons = [
-            _muons_of(group, mesh) if group["algorithm"] == "muon" else []
-            for group in self.param_groups
+            _muons_of(group, own) if group["algorithm"] == "muon" else []
+            for group, own in zip(self.param_groups, layouts, strict=True)
         ]
-        self._stepped: list[tuple[dict[str, Any], list[Tensor], float]] = []
+        self._stepped: list[tuple[list[Tensor], float]] = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -76,11 +88,10 @@ class CombinedOptimizer(Optimizer):
             for muon in muons:
                 momenta = [self.state[p]["momentum_buffer"] for p in muon.parameters]
                 muon.step(momenta, lr=lr, weight_decay=decay, watch=self.watch)
-            if not muons:
-                parameters = [p for p in group["params"] if p.grad is not None]
-                if parameters:
-                    STEPS[group["algorithm"]](group, parameters, self.state)
-                self._stepped.append((group, parameters, lr))
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters and group["algorithm"] != "muon":
+                STEPS[group["algorithm"]](group, parameters, self.state)
+            self._stepped.append((parameters, lr))
         return loss
 
     @torch.no_grad()
@@ -95,24 +106,34 @@ class CombinedOptimizer(Optimizer):
         if not self._is_watched:
             return {}
         found: dict[str, Tensor] = {}
-        for group, parameters, lr in self._stepped:
-            # Every rank takes part in every sum, whatever it has stepped itself.
-            every, stepped = group["params"], set(map(id, parameters))
-            squares = torch.zeros(2, len(every), dtype=torch.float64, device=every[0].device)
-            if parameters:
-                places = [i for i, p in enumerate(every) if id(p) in stepped]
-                squares[0, places] = _update_squares(group, parameters, self.state)
-                squares[1, places] = local_squares(parameters)
-            update, weights = total_over_shards(squares, every)
-            if count := sum(p.numel() for p in parameters):
-                found |= sizes(group["algorithm"], lr, update=update, weights=weights, count=count)
-        for muons in self._muons:
-            found |= observations(muons) if muons else {}
+        for group, muons, (parameters, lr) in zip(
+            self.param_groups, self._muons, self._stepped, strict=True
+        ):
+            if group["algorithm"] == "muon":
+                found |= observations(muons, lr, self._device)
+            else:
+                found |= self._sizes_of(group, parameters, lr)
         # Weights may be kept on the CPU, and Muon's part is worked out on the GPU all the same.
         devices = {value.device for value in found.values()}
         place = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         values = [value.to(place) for value in found.values()]
         return dict(zip(found, torch.stack(values).tolist(), strict=True)) if values else {}
+
+    def _sizes_of(
+        self, group: dict[str, Any], parameters: list[Tensor], lr: float
+    ) -> dict[str, Tensor]:
+        # Every rank takes part in every sum, whatever it holds or has stepped itself.
+        every, stepped = group["params"], set(map(id, parameters))
+        table = torch.zeros(3, len(every), dtype=torch.float64, device=self._device)
+        if parameters:
+            places = [i for i, p in enumerate(every) if id(p) in stepped]
+            table[0, places] = _update_squares(group, parameters, self.state)
+            table[1, places] = local_squares(parameters)
+            table[2, places] = table.new_tensor([float(local(p).numel()) for p in parameters])
+        update, weights, count = total_over_ranks(table, group["copies"])
+        if not float(count):
+            return {}
+        return sizes(group["algorithm"], lr, update=update, weights=weights, count=count)
 
     def state_tree(self) -> dict[str, Any]:
         """The state by parameter name: `{"state": {name: {key: tensor}}, "steps": {name: int}}`.
@@ -216,9 +237,8 @@ def _adamw_norm(group: dict[str, Any], state: Mapping[str, Tensor]) -> Tensor:
     return ratio.norm() / (1 - beta1**step)
 
 
-def _muons_of(group: dict[str, Any], mesh: DeviceMesh | None) -> list[Muon]:
+def _muons_of(group: dict[str, Any], layouts: Sequence[Layout]) -> list[Muon]:
     """Muon over a group's parameters: one for each set of ranks that hold some of them."""
-    layouts = [layout_of(p, mesh) for p in group["params"]]
     by_ranks: dict[tuple[int, ...], list[int]] = {}
     for i, layout in enumerate(layouts):
         by_ranks.setdefault(layout.ranks, []).append(i)

@@ -45,6 +45,10 @@ class Layout:
     blocks: tuple[Block, ...]
     ranks: tuple[int, ...]
 
+    def held_by(self, rank: int) -> Block | None:
+        """The block that a rank holds."""
+        return next((block for block in self.blocks if rank in block.holders), None)
+
 
 def layout_on(shape: Sequence[int], mesh: Tensor, placements: Sequence[Placement]) -> Layout:
     """The layout of a tensor over a mesh, worked out without any process.
@@ -91,7 +95,7 @@ def layout_of(tensor: Tensor, over: DeviceMesh | None = None) -> Layout:
 
     `over` is the mesh of the whole program, if there is one: along those of its dimensions that a
     tensor does not know, ranks hold copies. Without it a tensor that is no DTensor is this rank's
-    own, and a DTensor that of its mesh.
+    own, and a DTensor that of its mesh, and no other ranks hold copies of them.
     """
     if isinstance(tensor, DTensor):
         mesh, placements = tensor.device_mesh, tensor.placements

@@ -122,32 +122,32 @@ class Muon:
                 now.apply(returned)
 
     @torch.no_grad()
-    def observed(self) -> tuple[float, Tensor]:
-        """Learning rate of the last step, and what it did if it was watched, the same on all ranks.
+    def observed(self) -> Tensor:
+        """This rank's share of what the last step did, if it was watched; the shares add up.
 
         There is a row per matrix of the plan. Its columns are the sum of squares of the update (for
         a learning rate of one), effective rank and orthogonality error (see `spectrum`; of a packed
-        matrix the mean over its parts), the sum of squares of the weight, and the share of the
-        matrix that moved (0 or 1, unless it is packed). What did not move does not count in the
-        others. A collective when matrices travel.
+        matrix the mean over its parts), the sum of squares of the weight, the share of the matrix
+        that moved (0 or 1, unless it is packed), and its elements that moved. What did not move
+        does not count in the others.
 
-        Shapes: [matrices, 5], fp64.
+        Shapes: [matrices, 6], fp64.
         """
         seen = self._seen
         assert seen is not None, "watch a step first"
-        table = torch.zeros(len(self.plan.matrices), 5, dtype=torch.float64, device=self._device)
+        table = torch.zeros(len(self.plan.matrices), 6, dtype=torch.float64, device=self._device)
         for number, rows in seen.spectra.items():
             total, active = torch.cat(rows).sum(0), seen.active[number].double()
             table[number, 0], table[number, 1:3] = total[0], total[1:] / active.sum().clamp_min(1)
             table[number, 4] = active.mean()
+            table[number, 5] = active.mean() * self.plan.matrices[number].numel
         for number, weight in self._here(self.parameters).items():
-            blocks = self.plan.matrices[number].blocks
-            copies = next(len(b.holders) for b in blocks if self._rank in b.holders)
-            table[number, 3] = weight.norm().double().square() / copies
-        if self._travelling:
-            dist.all_reduce(table, group=self._group)
-        table[:, 3] *= table[:, 4]
-        return seen.lr, table
+            if number in seen.active:
+                blocks = self.plan.matrices[number].blocks
+                copies = next(len(b.holders) for b in blocks if self._rank in b.holders)
+                moved = seen.active[number].double().mean()
+                table[number, 3] = moved * weight.norm().double().square() / copies
+        return table
 
     @torch.no_grad()
     def transported(self) -> tuple[list[float], Tensor]:
@@ -218,8 +218,8 @@ class Muon:
     def _pieces_here(self, layouts: Sequence[Layout]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """(matrix, parameter, where it is in this rank's part of a stack) of what is held here."""
         origins = [
-            next((block.offset for block in layout.blocks if self._rank in block.holders), None)
-            for layout in layouts
+            None if block is None else block.offset
+            for block in (layout.held_by(self._rank) for layout in layouts)
         ]
         for number, matrix in enumerate(self.plan.matrices):
             if any(self._rank in block.holders for block in matrix.blocks):
@@ -251,32 +251,53 @@ class Muon:
             yield from _chunks(numbers, sizes, self._batch)
 
 
-def observations(muons: Sequence[Muon]) -> dict[str, Tensor]:
+def observations(muons: Sequence[Muon], lr: float, device: torch.device) -> dict[str, Tensor]:
     """What a watched step did, as metrics: over all matrices, and by kind of matrix (`q_proj`).
 
-    Where matrices travel, what that took is added.
+    Where matrices travel, what that took is added: of those that this rank has a part of. A
+    collective, also for ranks that hold no matrix.
     """
-    matrices = [(muon.names[m.parameter], m.numel) for muon in muons for m in muon.plan.matrices]
-    kinds = [kind_of(name) for name, _ in matrices]
-    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
-    (lr, *_), tables = zip(*[muon.observed() for muon in muons], strict=True)
-    rows = torch.cat(tables)
-    numel = rows.new_tensor([count for _, count in matrices])
-    index = torch.tensor([numbers[kind] for kind in kinds], device=rows.device)
-    rows = torch.cat([rows, numel[:, None] * rows[:, 4:]], dim=1)
-    by_kind = rows.new_zeros(len(numbers), rows.shape[1]).index_add_(0, index, rows)
-    update, rank, error, weights, moved, count = torch.cat([rows.sum(0)[None], by_kind]).unbind(1)
-    count = count.clamp_min(1)  # where all is still
-    found = sizes("muon", lr, update=update[0], weights=weights[0], count=count[0])
-    for i, kind in enumerate(numbers, start=1):
+    kinds: dict[str, Tensor] = {}
+    for muon in muons:
+        for matrix, row in zip(muon.plan.matrices, muon.observed(), strict=True):
+            kind = kind_of(muon.names[matrix.parameter])
+            kinds[kind] = kinds[kind] + row if kind in kinds else row
+    kinds = _added_up(kinds, device)
+    if not kinds:
+        return {}
+    found = _sizes_of("muon", lr, torch.stack(list(kinds.values())).sum(0))
+    for kind, row in kinds.items():
         prefix = f"muon/{kind}"
-        found |= sizes(prefix, lr, update=update[i], weights=weights[i], count=count[i])
-        share = moved[i].clamp_min(1e-9)  # of idle experts there is nothing to tell
-        found[f"{prefix}/effective_rank"] = rank[i] / share
-        found[f"{prefix}/orthogonality_error"] = error[i] / share
+        found |= _sizes_of(prefix, lr, row)
+        share = row[4].clamp_min(1e-9)  # of idle experts there is nothing to tell
+        found[f"{prefix}/effective_rank"] = row[1] / share
+        found[f"{prefix}/orthogonality_error"] = row[2] / share
+    if not muons:
+        return found
     megabytes, milliseconds = zip(*[muon.transported() for muon in muons], strict=True)
     imbalance = max(muon.plan.imbalance for muon in muons)
     return found | transport(sum(megabytes, []), torch.cat(milliseconds), imbalance)
+
+
+def _sizes_of(prefix: str, lr: float, row: Tensor) -> dict[str, Tensor]:
+    count = row[5].clamp_min(1)  # where all is still
+    return sizes(prefix, lr, update=row[0], weights=row[3], count=count)
+
+
+def _added_up(kinds: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The sums over all ranks, each of which may know other kinds."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return kinds
+    own = {kind: row.tolist() for kind, row in kinds.items()}
+    of_rank: list[dict[str, list[float]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_rank, own)
+    names = dict.fromkeys(kind for found in of_rank for kind in found)
+    zero = [0.0] * 6
+    rows = {n: [found.get(n, zero) for found in of_rank] for n in names}
+    return {
+        name: torch.tensor(parts, dtype=torch.float64, device=device).sum(0)
+        for name, parts in rows.items()
+    }
 
 
 def kind_of(name: str) -> str:

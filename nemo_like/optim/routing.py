@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,10 +98,12 @@ def route(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     view: Callable[[Sequence[str], Sequence[int]], View] = lambda names, shape: WHOLE,
+    shape_of: Callable[[Tensor], Sequence[int]] = lambda parameter: parameter.shape,
 ) -> Routing:
     """One row per trainable parameter; with `adamw` or `sgd` that algorithm takes them all.
 
     `view` is asked, for Muon's parameters alone, how one of these names and this shape is cut.
+    `shape_of` says the shape over all ranks, where a tensor is one rank's part and does not know.
 
     Raises:
         ConfigError: nothing is trainable, or an `include` or `exclude` pattern is not a regular
@@ -119,13 +122,15 @@ def route(
     rows = []
     for parameter, own in owners.values():
         chosen, reason = optimizer, "every parameter"
+        shape = tuple(shape_of(parameter))
         if optimizer == "muon":
-            chosen, reason = _choose(own, parameter, known, takes=takes, leaves=leaves)
-        shape, numel = tuple(parameter.shape), parameter.numel()
+            chosen, reason = _choose(own, shape, known, takes=takes, leaves=leaves)
         cut = view(own, shape) if chosen == "muon" else WHOLE
         if cut.label:
             reason = f"{reason}: {cut.label}"
-        rows.append(Owner(own[0], shape, numel, optimizer=chosen, reason=reason, view=cut))
+        rows.append(
+            Owner(own[0], shape, math.prod(shape), optimizer=chosen, reason=reason, view=cut)
+        )
     return Routing(tuple(rows))
 
 
@@ -158,7 +163,7 @@ class _Patterns:
 
 def _choose(
     names: list[str],
-    parameter: Tensor,
+    shape: tuple[int, ...],
     embeddings: frozenset[str],
     *,
     takes: _Patterns,
@@ -173,35 +178,35 @@ def _choose(
     if left:
         return "adamw", f"muon_exclude {left!r}"
     if taken:
-        if parameter.ndim < 2:
+        if len(shape) < 2:
             raise ConfigError(
-                f"muon_include {taken!r} takes {names[0]} of shape {tuple(parameter.shape)}, but "
+                f"muon_include {taken!r} takes {names[0]} of shape {shape}, but "
                 "Muon needs a matrix; make the pattern narrower"
             )
-        if parameter.ndim > 3:
+        if len(shape) > 3:
             raise ConfigError(
-                f"muon_include {taken!r} takes {names[0]} of shape {tuple(parameter.shape)}, and "
+                f"muon_include {taken!r} takes {names[0]} of shape {shape}, and "
                 "which two of its dimensions make a matrix is not known; make the pattern narrower"
             )
         return "muon", f"muon_include {taken!r}"
-    reason = next(_reasons_against(names, parameter, embeddings), None)
+    reason = next(_reasons_against(names, shape, embeddings), None)
     if reason:
         return "adamw", reason
-    return "muon", "hidden matrix" if parameter.ndim == 2 else "stacked hidden matrices"
+    return "muon", "hidden matrix" if len(shape) == 2 else "stacked hidden matrices"
 
 
 def _reasons_against(
-    names: list[str], parameter: Tensor, embeddings: frozenset[str]
+    names: list[str], shape: tuple[int, ...], embeddings: frozenset[str]
 ) -> Iterator[str]:
     """Why Muon does not take this parameter; tied parameters are judged by all their names."""
-    if parameter.ndim < 2:
+    if len(shape) < 2:
         yield "one-dimensional"
     if not embeddings.isdisjoint(names):
         yield "embedding"
     for reason, pattern in NAME_RULES:
         if any(re.search(pattern, name) for name in names):
             yield reason
-    if min(parameter.shape[-2:]) == 1:
+    if min(shape[-2:]) == 1:
         yield "a vector in the form of a matrix"
-    if parameter.ndim > 3 or (parameter.ndim == 3 and not re.search("expert", names[0])):
-        yield f"{parameter.ndim}-dimensional, and no stack of experts"
+    if len(shape) > 3 or (len(shape) == 3 and not re.search("expert", names[0])):
+        yield f"{len(shape)}-dimensional, and no stack of experts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import nemo_like.optim.muon
 from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.optim.build import build_optimizer
+from nemo_like.optim.layout import layout_of
 from nemo_like.optim.views import AttentionShape
 
 STEPS = 5
@@ -181,7 +183,7 @@ def norm_with_missing_gradients() -> float:
     p = nn.Parameter(place(torch.ones(8, 3, dtype=FP64), mesh, [Shard(0)]))
     if dist.get_rank() == 2:
         p.grad = place(torch.full((8, 3), 2.0, dtype=FP64), mesh, [Shard(0)])
-    return clip_gradients([{"params": [p]}], None)
+    return clip_gradients([{"params": [p], "copies": [1]}], None)
 
 
 def test_the_norm_counts_a_missing_gradient_as_zero_and_waits_for_nobody(pool):
@@ -290,9 +292,8 @@ def share_copies(knows_the_mesh: bool) -> tuple[int, Tensor]:
     parameters["4.weight"] = nn.Parameter(torch.eye(8, dtype=FP64))
     for p in parameters.values():
         p.grad = torch.ones_like(p)
-    optimizer = build_optimizer(
-        parameters.items(), config(), mesh=mesh if knows_the_mesh else None
-    )[0]
+    layout = partial(layout_of, over=mesh) if knows_the_mesh else layout_of
+    optimizer = build_optimizer(parameters.items(), config(), layout=layout)[0]
     optimizer.step()
     computed = [owner for muon in optimizer.muons for owner in muon.plan.owners]
     whole = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
 from nemo_like.ops.packing import rows_of
 from nemo_like.optim.build import build_optimizer
+from nemo_like.optim.layout import layout_of
 from nemo_like.optim.routing import embedding_names
 from nemo_like.optim.views import attention_shape
 from nemo_like.types import MicroBatch, TrainBatch
@@ -57,7 +59,7 @@ class DTensorBackend(RankBackend):
             policy.active_optimizer,
             embeddings=embedding_names(model.hf),
             attention=attention_shape(model.hf.config),
-            mesh=self.mesh,
+            layout=partial(layout_of, over=self.mesh),
         )
         super().__init__(
             model=model,

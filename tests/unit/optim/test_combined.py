@@ -394,7 +394,7 @@ def test_a_tied_parameter_is_stepped_once():
     shared = nn.Parameter(torch.ones(4, 4))
     named = [("embed.weight", shared), ("lm_head.weight", shared)]
     optimizer, routing = build_optimizer(named, OptimizerConfig(optimizer="muon"))
-    assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 0]
     assert routing.names("adamw") == ("embed.weight",)
 
 
