@@ -93,7 +93,7 @@ class OptimizerConfig(Node):
     muon_ns_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     """Overrides `muon_fp32_matmul_prec`."""
     muon_tp_mode: Literal["duplicated", "distributed", "blockwise"] = "duplicated"
-    """Under tensor parallelism; both are exact (`blockwise`, which is not, is refused)."""
+    """Under tensor parallelism; `blockwise` (Megatron alone) is not exact, the others are."""
     muon_wire_dtype: Literal["float32", "bfloat16"] | None = None
     """Type in which blocks travel between ranks; null is bf16 where Newton-Schulz is bf16."""
     muon_bucket_mb: PositiveFloat = 64.0

@@ -269,11 +269,12 @@ class PolicyConfig(Node):
                 for found in active.conflicts():
                     keys = tuple(self.key_of(block, key) for key in found.keys)
                     yield Conflict(keys, found.message)
-        if optimizer.is_muon and optimizer.muon_tp_mode == "blockwise":
+        blockwise = optimizer.is_muon and optimizer.muon_tp_mode == "blockwise"
+        if blockwise and not self.megatron_cfg.enabled:
             yield Conflict(
-                (self.key_of("optimizer", "muon_tp_mode"),),
-                "orthogonalising the part that one rank holds makes the update depend on the "
-                "layout; duplicated and distributed are exact",
+                (self.key_of("optimizer", "muon_tp_mode"), "dtensor_cfg.enabled"),
+                "orthogonalising the block that one rank holds is for runs that must repeat "
+                "Megatron's; duplicated and distributed are exact on every layout",
             )
         lr = self.key_of("optimizer", "lr")
         if scheduler.lr_decay_style != "constant" and optimizer.min_lr > optimizer.lr:

@@ -47,7 +47,6 @@ def build_optimizer(
     """
     named = list(named_parameters)
     algorithm = ALGORITHMS[config.optimizer]
-    _refuse_blockwise(config)
     routing = route(
         named,
         algorithm,
@@ -61,7 +60,7 @@ def build_optimizer(
             split_gate_up=config.muon_split_gate_up,
             split_heads=config.muon_split_heads,
         ),
-        shape_of=lambda parameter: layout(parameter).shape,
+        layout=layout,
     )
     if config.muon_split_heads and config.is_muon and not any(r.view.heads for r in routing.rows):
         raise ConfigError(
@@ -123,15 +122,6 @@ def _settings(owner: Algorithm, config: OptimizerConfig, routing: Routing) -> di
             return {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
         case "sgd":
             return {"momentum": config.sgd_momentum}
-
-
-def _refuse_blockwise(config: OptimizerConfig) -> None:
-    if ALGORITHMS[config.optimizer] == "muon" and config.muon_tp_mode == "blockwise":
-        raise ConfigError(
-            "muon_tp_mode=blockwise orthogonalises the part of a matrix that one rank holds, so "
-            "that the update depends on tensor_parallel_size (30 to 50 % of it at size 2); set "
-            "it to duplicated or distributed, which are exact on every layout"
-        )
 
 
 def _prove_all_claimed(optimizer: CombinedOptimizer, named: list[tuple[str, Tensor]]) -> None:

@@ -17,7 +17,15 @@ from nemo_like.optim.routing import Owner, Routing
 def outlook(config: OptimizerConfig, routing: Routing, plans: Sequence[Plan]) -> dict[str, str]:
     """Facts in words by title; none without Muon. `plans` are those of its matrices."""
     owned = [row for row in routing.rows if row.optimizer == "muon"]
-    return {**_steps(config, owned), **_work(config, plans)} if owned else {}
+    if not owned:
+        return {}
+    facts = {**_steps(config, owned), **_work(config, plans)}
+    if config.muon_tp_mode == "blockwise":
+        facts["muon_tp_mode=blockwise"] = (
+            "each tensor-parallel rank orthogonalises its own block of a matrix: the update is not "
+            "Muon's, and depends on tensor_model_parallel_size"
+        )
+    return facts
 
 
 def step_sizes(config: OptimizerConfig, owned: Sequence[Owner]) -> dict[float, str]:
@@ -30,7 +38,8 @@ def step_sizes(config: OptimizerConfig, owned: Sequence[Owner]) -> dict[float, s
     sizes: dict[float, str] = {}
     for row in owned:
         for _, rows, columns in row.view.shapes(row.shape):
-            size = rule.scale(rows, columns) / math.sqrt(max(rows, columns))
+            gain = rule.scale(rows * row.cut[0], columns * row.cut[1])
+            size = gain / math.sqrt(max(rows, columns))
             sizes.setdefault(float(f"{size:.3g}"), f"{row.name}, {rows} x {columns}")
     return dict(sorted(sizes.items()))
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from nemo_like.errors import ConfigError
+from nemo_like.optim.layout import Layout, layout_of
 from nemo_like.optim.views import WHOLE, View
 
 Algorithm = Literal["muon", "adamw", "sgd"]
@@ -47,7 +48,8 @@ say where one ends.
 class Owner:
     """Who updates one parameter; `shape` and `numel` are of the whole tensor, over all ranks.
 
-    `view` says into which matrices Muon cuts it. It is not stored: another backend packs otherwise.
+    `view` says into which matrices Muon cuts it, `cut` is that of its layout. They are not stored:
+    another backend packs otherwise.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Owner:
     optimizer: Algorithm
     reason: str
     view: View = WHOLE
+    cut: tuple[int, ...] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,12 @@ def route(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     view: Callable[[Sequence[str], Sequence[int]], View] = lambda names, shape: WHOLE,
-    shape_of: Callable[[Tensor], Sequence[int]] = lambda parameter: parameter.shape,
+    layout: Callable[[Tensor], Layout] = layout_of,
 ) -> Routing:
     """One row per trainable parameter; with `adamw` or `sgd` that algorithm takes them all.
 
     `view` is asked, for Muon's parameters alone, how one of these names and this shape is cut.
-    `shape_of` says the shape over all ranks, where a tensor is one rank's part and does not know.
+    `layout` says what a tensor is a part of.
 
     Raises:
         ConfigError: nothing is trainable, or an `include` or `exclude` pattern is not a regular
@@ -122,14 +125,23 @@ def route(
     rows = []
     for parameter, own in owners.values():
         chosen, reason = optimizer, "every parameter"
-        shape = tuple(shape_of(parameter))
+        laid = layout(parameter)
+        shape = laid.shape
         if optimizer == "muon":
             chosen, reason = _choose(own, shape, known, takes=takes, leaves=leaves)
         cut = view(own, shape) if chosen == "muon" else WHOLE
         if cut.label:
             reason = f"{reason}: {cut.label}"
         rows.append(
-            Owner(own[0], shape, math.prod(shape), optimizer=chosen, reason=reason, view=cut)
+            Owner(
+                own[0],
+                shape,
+                math.prod(shape),
+                optimizer=chosen,
+                reason=reason,
+                view=cut,
+                cut=laid.cut,
+            )
         )
     return Routing(tuple(rows))
 

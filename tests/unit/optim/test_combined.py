@@ -385,11 +385,6 @@ def test_heads_to_split_where_there_are_none_are_refused():
         build(weights(), optimizer="muon", muon_split_heads=True)
 
 
-def test_blockwise_is_refused_with_the_reason():
-    with pytest.raises(ConfigError, match="depends on tensor_parallel_size"):
-        build(weights(), optimizer="muon", muon_tp_mode="blockwise")
-
-
 def test_a_tied_parameter_is_stepped_once():
     shared = nn.Parameter(torch.ones(4, 4))
     named = [("embed.weight", shared), ("lm_head.weight", shared)]
