@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,7 +23,7 @@ from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.layout import MODEL, OPTIMIZER, ROUTING
 from nemo_like.checkpoint.store import StateWriter, load_state
 from nemo_like.config.policy import PolicyConfig
-from nemo_like.errors import MismatchError, NonFiniteError, NoSignalError
+from nemo_like.errors import CheckpointError, MismatchError, NonFiniteError, NoSignalError
 from nemo_like.interfaces import Loss
 from nemo_like.observability.metrics import reduce
 from nemo_like.optim.clip import clip_gradients
@@ -42,12 +43,24 @@ from nemo_like.types import (
     TrainBatch,
 )
 
+LossOf = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The sequences of one micro-batch, and how they share rows; `batch` is on the CPU."""
+
+    batch: TrainBatch
+    micro_batch: MicroBatch
+    sequences: list[int]
+
 
 class RankBackend(ABC):
     """One rank of a model in training.
 
-    A subclass says how rows become log-probabilities (`_target_logprobs`) and how weights leave
-    (`export_weights`); everything about a step is here, once for all backends.
+    A subclass says how sequences become log-probabilities and gradients (`_forward`, `_backward`),
+    and how weights leave (`export_weights`); everything else about a step is here, once for all
+    backends.
     """
 
     def __init__(
@@ -76,24 +89,19 @@ class RankBackend(ABC):
         collectives.limit(settings.collective_timeout_s)
 
     @abstractmethod
-    def _target_logprobs(self, batch: TrainBatch, micro_batch: MicroBatch) -> Tensor:
-        """Log-probabilities aligned with the micro-batch's tokens, 0 where there is no target.
+    def _forward(self, parts: Sequence[Part]) -> list[Tensor]:
+        """Log-probabilities aligned with the tokens of each part, 0 where there is no target.
 
-        `batch` is on the CPU and holds this micro-batch alone; the result is on the backend's
-        device. Shapes: [N].
+        Without gradient. Shapes: [N] each.
         """
 
     @abstractmethod
-    def _begin_micro_batch(self, *, is_last: bool) -> None:
-        """Say before a forward pass with gradient whether it is the last one of the step."""
+    def _backward(self, parts: Sequence[Part], loss_of: LossOf) -> None:
+        """Give each parameter of the optimizer the gradient of the whole global loss.
 
-    @abstractmethod
-    def _end_logprobs(self) -> None:
-        """Bring the weights into their place of rest after forward passes without gradient."""
-
-    @abstractmethod
-    def _finish_gradients(self) -> None:
-        """Pay what is owed to the gradients after the last micro-batch: sums over ranks."""
+        `loss_of` takes the number of a part and its log-probabilities with gradient, aligned with
+        its tokens, and gives the part's share of the loss.
+        """
 
     @abstractmethod
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -101,7 +109,22 @@ class RankBackend(ABC):
 
     @abstractmethod
     def _weights(self) -> dict[str, Tensor]:
-        """This rank's blocks of the weights by Hugging Face name, live."""
+        """This rank's blocks of the weights in full precision, live, by the optimizer's names."""
+
+    def _weights_changed(self) -> None:  # noqa: B027 - most need not
+        """Bring what `_weights` gave, and was changed, to where the model computes with it."""
+
+    def _stored(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """Tensors laid out like the weights of these names, live, by Hugging Face name."""
+        return tensors
+
+    def _stored_names(self, name: str) -> Sequence[str]:
+        """The Hugging Face tensors that a parameter of the optimizer is made of."""
+        return (name,)
+
+    def _owners(self) -> list[dict[str, Any]]:
+        """See `PolicyFacts`."""
+        return self.routing.to_json()
 
     @abstractmethod
     def _model_config(self) -> dict[str, Any]:
@@ -125,11 +148,8 @@ class RankBackend(ABC):
         self.model.eval()
         result = torch.zeros(len(shard.batch.token_ids_N))
         with self._reference_in_place() if reference else nullcontext():
-            for micro_batch in shard.micro_batches:
-                rows = _sequences(micro_batch)
-                part = self._target_logprobs(shard.batch.select(rows), micro_batch)
-                result[shard.batch.token_index(rows)] = part.float().cpu()
-            self._end_logprobs()
+            for part, logprobs_N in zip(_parts(shard), self._forward(_parts(shard)), strict=True):
+                result[shard.batch.token_index(part.sequences)] = logprobs_N.float().cpu()
         return result
 
     @contextmanager
@@ -141,10 +161,12 @@ class RankBackend(ABC):
         try:
             for name, weight in weights.items():
                 weight.copy_(self._reference[name])
+            self._weights_changed()
             yield
         finally:
             for name, weight in weights.items():
                 weight.copy_(own[name])
+            self._weights_changed()
 
     def _keep_reference(self) -> None:
         """Put this rank's part of the weights of now aside, in host memory."""
@@ -165,7 +187,7 @@ class RankBackend(ABC):
         phases: dict[str, float] = {}
         tick = self.step // self.settings.updates_per_step
         with self._booked(phases, "forward_backward"):
-            shares, metrics = self._backward(shard, loss)
+            shares, metrics = self._gradients(shard, loss)
         with self._booked(phases, "optimizer"):
             grad_norm = clip_gradients(
                 self.optimizer.param_groups, self.policy.active_max_grad_norm
@@ -177,6 +199,7 @@ class RankBackend(ABC):
                 self._refuse_mismatch(metrics)
                 self._schedule.apply(self.optimizer, tick)
                 self.optimizer.step()
+                self._weights_changed()
             else:
                 self._skip_or_raise(values, grad_norm)
             self.optimizer.zero_grad(set_to_none=True)
@@ -231,20 +254,20 @@ class RankBackend(ABC):
             torch.cuda.synchronize(self.device)
         phases[name] = phases.get(name, 0.0) + perf_counter() - start
 
-    def _backward(self, shard: Shard, loss: Loss) -> tuple[list[Tensor], Metrics]:
-        """Accumulate the gradients of all micro-batches; the loss's shares and its own metrics."""
+    def _gradients(self, shard: Shard, loss: Loss) -> tuple[list[Tensor], Metrics]:
+        """Make the gradients of all micro-batches together; the loss's shares and own metrics."""
         self.model.train()
+        parts = _parts(shard)
         shares: list[Tensor] = []
         collected: list[Metrics] = []
-        for number, micro_batch in enumerate(shard.micro_batches, start=1):
-            self._begin_micro_batch(is_last=number == len(shard.micro_batches))
-            batch = shard.batch.select(_sequences(micro_batch))
-            logprobs_N = self._target_logprobs(batch, micro_batch)
-            share, metrics = loss(logprobs_N, batch.to(self.device))
-            share.backward()
+
+        def loss_of(number: int, logprobs_N: Tensor) -> Tensor:
+            share, metrics = loss(logprobs_N, parts[number].batch.to(self.device))
             shares.append(share.detach())
             collected.append(metrics)
-        self._finish_gradients()
+            return share
+
+        self._backward(parts, loss_of)
         return shares, reduce(collected)
 
     def _is_finite(self, shares: list[float], grad_norm: float) -> bool:
@@ -298,10 +321,11 @@ class RankBackend(ABC):
         self._schedule = Schedule(
             self.policy.active_optimizer, self.policy.active_scheduler, total_steps
         )
+        owners = self._owners()
         return PolicyFacts(
             model=self._model_config(),
-            owners=self.routing.to_json(),
-            num_parameters=sum(row.numel for row in self.routing.rows),
+            owners=owners,
+            num_parameters=sum(math.prod(row["shape"]) for row in owners),
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
             world_size=self._world_size,
@@ -336,29 +360,68 @@ class RankBackend(ABC):
             CheckpointError: it is of another model; or other optimizers own the parameters, unless
                 `convert_optimizer` allows that.
         """
-        template = self._state()
-        own, owners = template[OPTIMIZER], self.routing.owners()
-        saved = read_json(folder / ROUTING) if self.settings.convert_optimizer else owners
-        template[OPTIMIZER] = template_for(own, saved, owners)
-        loaded = {name: load_state(folder / name, template[name]) for name in template}
-        # The model's tensors were filled in place; what else was read is handed back.
-        progress = loaded[MODEL]["progress"]
+        own, owners = self.optimizer.state_tree(), self.routing.owners()
+        saved = owners
+        if self.settings.convert_optimizer:
+            saved = self._saved_owners(read_json(folder / ROUTING))
+        wanted = template_for(own, saved, owners)
+        progress = load_state(folder / MODEL, self._state()[MODEL])["progress"]
+        state = load_state(folder / OPTIMIZER, self._stored_tree(wanted))
+        # Tensors were filled in place; what else was read is handed back.
         self.step, self.skipped_steps = progress["step"], progress["skipped_steps"]
-        self.optimizer.load_state_tree(convert(loaded[OPTIMIZER], own, saved, owners))
+        steps = {name: state["steps"][self._stored_names(name)[0]] for name in wanted["steps"]}
+        loaded = {"state": wanted["state"], "steps": steps}
+        self.optimizer.load_state_tree(convert(loaded, own, saved, owners))
+        self._weights_changed()
         rng.load(folder, rank=self._rank, world_size=self._world_size)
 
     def _state(self) -> dict[str, dict[str, Any]]:
         """What a resumed run needs, by sub-folder of a checkpoint."""
         progress = {"step": self.step, "skipped_steps": self.skipped_steps}
         return {
-            MODEL: {"weights": self._weights(), "progress": progress},
-            OPTIMIZER: self.optimizer.state_tree(),
+            MODEL: {"weights": self._stored(self._weights()), "progress": progress},
+            OPTIMIZER: self._stored_tree(self.optimizer.state_tree()),
         }
+
+    def _stored_tree(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """What `CombinedOptimizer.state_tree` gives, by Hugging Face name."""
+        keys = dict.fromkeys(key for tensors in tree["state"].values() for key in tensors)
+        state: dict[str, dict[str, Any]] = {}
+        for key in keys:
+            own = {name: t[key] for name, t in tree["state"].items() if key in t}
+            for name, tensor in self._stored(own).items():
+                state.setdefault(name, {})[key] = tensor
+        steps = {
+            n: count for name, count in tree["steps"].items() for n in self._stored_names(name)
+        }
+        return {"state": state, "steps": steps}
+
+    def _saved_owners(self, saved: Mapping[str, str]) -> dict[str, str]:
+        """The optimizers that a checkpoint's parameters had, by the names of this run's.
+
+        Raises:
+            CheckpointError: they had several, where this run has one parameter.
+        """
+        owners: dict[str, str] = {}
+        for name in self.routing.owners():
+            found = {saved[stored] for stored in self._stored_names(name) if stored in saved}
+            if len(found) > 1:
+                raise CheckpointError(
+                    f"{name} is made of {', '.join(self._stored_names(name))}, which "
+                    f"{' and '.join(sorted(found))} updated in the checkpoint, expected one of "
+                    "them for all: name all or none of them in muon_include and muon_exclude there"
+                )
+            owners |= dict.fromkeys([name], *found) if found else {}
+        return owners
 
     def close(self) -> None:
         """Finish what is being written; safe to call twice."""
         self._writer.close()
 
 
-def _sequences(micro_batch: MicroBatch) -> list[int]:
-    return [sequence for row in micro_batch for sequence in row]
+def _parts(shard: Shard) -> list[Part]:
+    found = []
+    for micro_batch in shard.micro_batches:
+        sequences = [sequence for row in micro_batch for sequence in row]
+        found.append(Part(shard.batch.select(sequences), micro_batch, sequences))
+    return found

@@ -1,9 +1,11 @@
-"""How long this rank waits for its peers."""
+"""The process group of a backend's ranks, and how long they wait for each other."""
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 
@@ -15,3 +17,25 @@ def limit(seconds: float) -> None:
     """
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def join_process_group() -> tuple[bool, torch.device]:
+    """Whether a process group was made here, and this rank's device.
+
+    It is a group of all ranks; of one, without an environment that describes more.
+    """
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if has_gpu:
+        # Ray shows each worker its own GPU alone; other launchers show all of a machine's.
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    joined = not dist.is_initialized()
+    if joined:
+        backend = "cuda:nccl,cpu:gloo" if has_gpu else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return joined, device

@@ -68,6 +68,12 @@ def load_hf_config(folder: Path, overrides: Mapping[str, Any], *, backend_key: s
     return config_class.from_dict(raw | dict(overrides))
 
 
+def config_content(hf_config: Any) -> dict[str, Any]:
+    """The content of the model's config.json, without what it says of where it came from."""
+    origin = ("transformers_version", "_name_or_path")
+    return {key: value for key, value in hf_config.to_dict().items() if key not in origin}
+
+
 def new_hf_model(hf_config: Any, *, device: str) -> Any:
     """A model of one of the supported families in fp32; on `meta` it has no memory yet."""
     import transformers

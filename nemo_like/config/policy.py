@@ -176,6 +176,13 @@ class PolicyConfig(Node):
         return self.max_grad_norm if own is None else own or None
 
     @property
+    def shards_optimizer(self) -> bool:
+        """Megatron: whether data-parallel ranks share out masters and optimizer state."""
+        if self.active_optimizer.is_muon:
+            return self.active_optimizer.optimizer == "dist_muon"
+        return self.megatron_cfg.optimizer.use_distributed_optimizer is not False
+
+    @property
     def sequence_divisor(self) -> int:
         """Row lengths are padded to a multiple of this."""
         return self.make_sequence_length_divisible_by or self.backend.sequence_divisor

@@ -132,6 +132,8 @@ class AttentionShape:
     gate_up_groups: int | None = None
     """Pieces [gate; up] that `linear_fc1` comes in: one for each tensor-parallel rank whose part is
     kept together; 0 where the MLP has no gate, null where that is not known."""
+    expert_gate_up_groups: int | None = None
+    """The same of experts; null is `gate_up_groups`."""
 
 
 def attention_shape(hf_config: Any) -> AttentionShape | None:
@@ -282,6 +284,9 @@ class _Tensor:
 
     def megatron_gate_up(self) -> View:
         groups = self.attention.gate_up_groups if self.attention else None
+        if self.attention and ".experts." in self.name:
+            own = self.attention.expert_gate_up_groups
+            groups = groups if own is None else own
         if groups is None:
             raise self.misfit(
                 "a matrix that may hold gate and up",

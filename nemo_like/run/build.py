@@ -102,22 +102,16 @@ class Machines:
 
 
 def policy_factory(policy: PolicyConfig, settings: BackendSettings) -> Any:
-    """What each worker makes its backend from.
-
-    Raises:
-        ConfigError: the backend can not train yet.
-    """
+    """What each worker makes its backend from."""
     match policy.backend:
         case DTensorConfig():
             from nemo_like.backends.dtensor.factory import DTensorFactory
 
             return DTensorFactory(policy, settings)
         case MegatronConfig():
-            raise ConfigError(
-                "policy.megatron_cfg.enabled=true: this version validates Megatron "
-                "configurations and can not train with them; set policy.megatron_cfg.enabled=false "
-                "policy.dtensor_cfg.enabled=true"
-            )
+            from nemo_like.backends.megatron.factory import MegatronFactory
+
+            return MegatronFactory(policy, settings)
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +14,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from nemo_like.assets import model_folder
-from nemo_like.backends.base import RankBackend
+from nemo_like.backends.base import LossOf, Part, RankBackend
+from nemo_like.backends.collectives import join_process_group
 from nemo_like.backends.dtensor import model as models
 from nemo_like.backends.dtensor.parallelize import build_mesh, shard_parameters, tensor_parallel
 from nemo_like.backends.hf_models import (
     Sliceable,
+    config_content,
     load_hf_config,
     new_hf_model,
     random_weights,
@@ -34,7 +35,6 @@ from nemo_like.optim.build import build_optimizer
 from nemo_like.optim.layout import layout_of
 from nemo_like.optim.routing import embedding_names
 from nemo_like.optim.views import attention_shape
-from nemo_like.types import MicroBatch, TrainBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,7 +46,7 @@ class DTensorBackend(RankBackend):
 
     def __init__(self, policy: PolicyConfig, settings: BackendSettings) -> None:
         config = policy.dtensor_cfg
-        self._joined, device = _join_process_group()
+        self._joined, device = join_process_group()
         if config.cpu_offload and device.type == "cpu":
             raise ConfigError(
                 "policy.dtensor_cfg.cpu_offload=true moves state from a GPU to the host, and this "
@@ -72,25 +72,32 @@ class DTensorBackend(RankBackend):
         # Tensor-parallel peers draw the same, as they compute on the same sequences.
         rng.seed(settings.seed, stream=dist.get_rank() // self.mesh["tp"].size())
 
-    def _target_logprobs(self, batch: TrainBatch, micro_batch: MicroBatch) -> Tensor:
-        rows = rows_of(batch, micro_batch, multiple=self.policy.sequence_divisor).to(self.device)
-        logprobs_M = self.model(
-            rows.input_ids_RT, rows.position_ids_RT, rows.predictor_M, rows.target_M
-        )
-        zeros_N = logprobs_M.new_zeros(len(batch.token_ids_N))
-        return zeros_N.index_put((rows.source_M,), logprobs_M)
-
-    def _begin_micro_batch(self, *, is_last: bool) -> None:
-        # The gradients of copies (HSDP) are added up once, not at every micro-batch. Within a copy
-        # they are reduced at once: whole gradients would take the memory that FSDP2 saves.
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_all_reduce(is_last)
-
-    def _end_logprobs(self) -> None:
+    def _forward(self, parts: Sequence[Part]) -> list[Tensor]:
+        results = [self._logprobs(part) for part in parts]
         # After a forward pass FSDP2 leaves its root gathered, in the type of the computation, for a
         # backward pass; there is none here.
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
+        return results
+
+    def _backward(self, parts: Sequence[Part], loss_of: LossOf) -> None:
+        for number, part in enumerate(parts):
+            # The gradients of copies (HSDP) are added up once, not at every micro-batch. Within a
+            # copy they are reduced at once: whole ones would take the memory that FSDP2 saves.
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_all_reduce(number == len(parts) - 1)
+            loss_of(number, self._logprobs(part)).backward()
+        self._finish_gradients()
+
+    def _logprobs(self, part: Part) -> Tensor:
+        """Log-probabilities aligned with the part's tokens. Shapes: [N]."""
+        rows = rows_of(part.batch, part.micro_batch, multiple=self.policy.sequence_divisor)
+        rows = rows.to(self.device)
+        logprobs_M = self.model(
+            rows.input_ids_RT, rows.position_ids_RT, rows.predictor_M, rows.target_M
+        )
+        zeros_N = logprobs_M.new_zeros(len(part.batch.token_ids_N))
+        return zeros_N.index_put((rows.source_M,), logprobs_M)
 
     def _finish_gradients(self) -> None:
         # FSDP2 has reduced its own. Without it, a weight that acts on every rank's heads (q_norm)
@@ -128,36 +135,11 @@ class DTensorBackend(RankBackend):
         return 0 if hf.config.tie_word_embeddings else hf.get_input_embeddings().weight.numel()
 
     def _model_config(self) -> dict[str, Any]:
-        config = self.model.hf.config.to_dict()
-        return {
-            k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")
-        }
+        return config_content(self.model.hf.config)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole fp32 tensors by Hugging Face name; a collective."""
         return models.whole_weights(self._master_weights())
-
-
-def _join_process_group() -> tuple[bool, torch.device]:
-    """Whether a process group was made here, and this rank's device.
-
-    It is a group of all ranks; of one, without an environment that describes more.
-    """
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if has_gpu:
-        # Ray shows each worker its own GPU alone; other launchers show all of a machine's.
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    joined = not dist.is_initialized()
-    if joined:
-        backend = "cuda:nccl,cpu:gloo" if has_gpu else "gloo"
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return joined, device
 
 
 def _build_model(

@@ -85,6 +85,10 @@ class WeightTable:
             offset[entry.tp_dim] = tp_rank * shape[entry.tp_dim]
         return tuple(offset), tuple(shape)
 
+    def hf_names(self, name: str) -> tuple[str, ...]:
+        """The Hugging Face tensors that a parameter is made of."""
+        return tuple(dict.fromkeys(rows.hf_name for rows in self.entries[name].rows))
+
     def pieces(self, name: str, offset: Shape, shape: Shape) -> list[Piece]:
         """What a block of a whole parameter is made of, in order; padding is left out."""
         found: list[Piece] = []

@@ -1,0 +1,228 @@
+"""One rank of the Megatron backend: a stage of megatron-core's model, trained by our optimizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_like.assets import model_folder
+from nemo_like.backends.base import LossOf, Part, RankBackend
+from nemo_like.backends.collectives import join_process_group
+from nemo_like.backends.hf_models import (
+    Sliceable,
+    config_content,
+    load_hf_config,
+    random_weights,
+)
+from nemo_like.backends.megatron.convert import EMBEDDING, WeightTable
+from nemo_like.backends.megatron.masters import Masters
+from nemo_like.backends.megatron.model import build_model
+from nemo_like.backends.megatron.parallel import initialize
+from nemo_like.backends.megatron.schedule import run
+from nemo_like.backends.megatron.weights import (
+    WholeWeights,
+    canonical,
+    load_weights,
+    local_blocks,
+)
+from nemo_like.backends.settings import BackendSettings
+from nemo_like.checkpoint import rng
+from nemo_like.checkpoint.hf_import import read_hf_lazily
+from nemo_like.config.policy import PolicyConfig
+from nemo_like.errors import ConfigError
+from nemo_like.interfaces import Loss
+from nemo_like.ops.packing import Rows, rows_of
+from nemo_like.optim.build import build_optimizer
+from nemo_like.optim.views import AttentionShape, attention_shape
+from nemo_like.types import Metrics, Shard
+
+
+class MegatronBackend(RankBackend):
+    """Tensor, sequence, pipeline, context, expert and data parallelism, on GPUs or a CPU.
+
+    megatron-core has the model, the schedule of micro-batches and the reduction of gradients. The
+    optimizer works on fp32 masters, under the names of megatron-core's parameters; weights and
+    state leave under Hugging Face names.
+    """
+
+    def __init__(self, policy: PolicyConfig, settings: BackendSettings) -> None:
+        config, active = policy.megatron_cfg, policy.active_optimizer
+        self._joined, device = join_process_group()
+        self.parallel = initialize(config, device, seed=settings.seed)
+        is_random = policy.init == "random"
+        folder = model_folder(policy.model_name, with_weights=not is_random)
+        self.hf_config = load_hf_config(
+            folder, policy.hf_config_overrides, backend_key=policy.backend_key
+        )
+        self.table = WeightTable(
+            self.hf_config,
+            tp_size=self.parallel.size("tp"),
+            expert_tp_size=self.parallel.size("etp"),
+        )
+        model = build_model(
+            policy, self.hf_config, self.parallel, device, temperature=settings.temperature
+        )
+        weights: Iterator[tuple[str, Sliceable]] = (
+            random_weights(self.hf_config, settings.seed)
+            if is_random
+            else read_hf_lazily(folder, self.table.hf_shapes, tied=self.table.tied)
+        )
+        blocks = local_blocks(
+            self.table,
+            dict(model.module.global_parameters()),
+            tp_rank=self.parallel.rank("tp"),
+            expert_tp_rank=self.parallel.rank("etp"),
+        )
+        load_weights(self.table, blocks, weights)
+        blockwise = active.is_muon and active.muon_tp_mode == "blockwise"
+        self.masters = Masters(
+            model.module,
+            self.table,
+            self.parallel,
+            sharded=policy.shards_optimizer,
+            blockwise=blockwise,
+        )
+        _refuse_halves(self.table, (*active.muon_include, *active.muon_exclude))
+        optimizer, routing = build_optimizer(
+            self._all_names(),
+            active,
+            attention=_attention(self.hf_config, self.parallel, blockwise=blockwise),
+            layout=self.masters.layout,
+        )
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            routing=routing,
+            policy=policy,
+            settings=settings,
+            device=device,
+        )
+        rng.seed(settings.seed, stream=self.parallel.rank("dp"))
+
+    def _forward(self, parts: Sequence[Part]) -> list[Tensor]:
+        rows = [self._rows(part) for part in parts]
+        results = run(self.model, self.parallel, rows)
+        return [_aligned(x, r, p) for x, r, p in zip(results, rows, parts, strict=True)]
+
+    def _backward(self, parts: Sequence[Part], loss_of: LossOf) -> None:
+        rows = [self._rows(part) for part in parts]
+        run(
+            self.model,
+            self.parallel,
+            rows,
+            lambda i, logprobs_M: loss_of(i, _aligned(logprobs_M, rows[i], parts[i])),
+        )
+        self.masters.take_gradients()
+        self._return_memory(level=1)
+
+    def _rows(self, part: Part) -> Rows:
+        return rows_of(part.batch, part.micro_batch, multiple=self.policy.sequence_divisor)
+
+    def _gradients(self, shard: Shard, loss: Loss) -> tuple[list[Tensor], Metrics]:
+        # The last stage alone sees losses, and the first rank of a replica reports them.
+        found = [super()._gradients(shard, loss)]
+        if self.parallel.size("pp") > 1:
+            group = self.parallel.group("pp")
+            found = [([share.cpu() for share in found[0][0]], found[0][1])]
+            dist.broadcast_object_list(found, group=group, group_src=group.size() - 1)
+        return found[0]
+
+    def _weights_changed(self) -> None:
+        self.masters.put_back()
+        self._return_memory(level=2)
+
+    def _return_memory(self, *, level: int) -> None:
+        """Give cached memory back to the GPU, if that is asked for here."""
+        wanted = self.policy.megatron_cfg.empty_unused_memory_level >= level
+        if wanted and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: weight.detach() for name, weight in self.masters.weights().items()}
+
+    def _stored(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        return canonical(self.table, self.masters.blocks(tensors))
+
+    def _stored_names(self, name: str) -> Sequence[str]:
+        return self.table.hf_names(name)
+
+    def _owners(self) -> list[dict[str, Any]]:
+        own = {
+            hf_name: {"optimizer": row.optimizer, "reason": row.reason}
+            for row in self.routing.rows
+            for hf_name in self._stored_names(row.name)
+        }
+        of_rank: list[dict[str, Any]] = [{}] * self._world_size
+        dist.all_gather_object(of_rank, own)
+        found = {name: owner for owners in of_rank for name, owner in owners.items()}
+        shapes = self.table.hf_shapes
+        return [{"name": n, "shape": list(shapes[n])} | found[n] for n in shapes if n in found]
+
+    def _num_looked_up_parameters(self) -> int:
+        rows, columns = self.table.hf_shapes[EMBEDDING]
+        return 0 if self.table.tied else rows * columns
+
+    def _model_config(self) -> dict[str, Any]:
+        return config_content(self.hf_config)
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole fp32 tensors by Hugging Face name; a collective."""
+        return iter(self._whole_weights)
+
+    @cached_property
+    def _whole_weights(self) -> WholeWeights:
+        return WholeWeights(self.table, self.masters.blocks(self._weights()))
+
+    def close(self) -> None:
+        """Finish what is being written and leave all process groups; safe to call twice."""
+        super().close()
+        self.parallel.destroy()
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _all_names(self) -> Iterator[tuple[str, Tensor]]:
+        """The masters by their names, and by those of what they are made of."""
+        for name, weight in self.masters.weights().items():
+            for known in (name, *self._stored_names(name)):
+                yield known, weight
+
+
+def _aligned(logprobs_M: Tensor, rows: Rows, part: Part) -> Tensor:
+    """Log-probabilities of targets, where these are among the part's tokens. Shapes: [N]."""
+    zeros_N = logprobs_M.new_zeros(len(part.batch.token_ids_N))
+    return zeros_N.index_put((rows.source_M.to(logprobs_M.device),), logprobs_M)
+
+
+def _attention(hf_config: Any, parallel: Any, *, blockwise: bool) -> AttentionShape:
+    """The order of rows in packed matrices: whole ones, or the blocks of this rank."""
+    shape = attention_shape(hf_config)
+    assert shape is not None, "every family has attention"
+    tp = parallel.size("tp")
+    return replace(
+        shape,
+        num_heads=shape.num_heads // tp if blockwise else shape.num_heads,
+        num_kv_heads=shape.num_kv_heads // tp if blockwise else shape.num_kv_heads,
+        gate_up_groups=1 if blockwise else tp,
+        expert_gate_up_groups=1 if blockwise else parallel.size("etp"),
+    )
+
+
+def _refuse_halves(table: WeightTable, patterns: Sequence[str]) -> None:
+    """Refuse a pattern that names a part of what megatron-core keeps in one matrix."""
+    for name in table.entries:
+        parts = table.hf_names(name)
+        for pattern in patterns:
+            found = [part for part in parts if re.search(pattern, part)]
+            if found and len(found) < len(parts) and not re.search(pattern, name):
+                rest = ", ".join(part for part in parts if part not in found)
+                raise ConfigError(
+                    f"muon_include and muon_exclude: {pattern!r} matches {found[0]}, which the "
+                    f"Megatron backend keeps in one matrix with {rest}; name all of them or none"
+                )
