@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,33 +51,48 @@ def batch_of(step, vocab=64):
     )
 
 
-def train_on_this_rank(folder, dtensor, options):
-    """Loss and gradient norm of every step, and the weights at the end."""
-    from nemo_like.backends.dtensor.factory import DTensorFactory
+def train_on_this_rank(folder, backend, options):
+    """Loss and gradient norm of every step, and the weights at the end.
+
+    `backend` is the block of its backend, under the name it has in a policy.
+    """
     from nemo_like.backends.settings import BackendSettings
+    from nemo_like.cluster.placement import place
     from nemo_like.config.policy import PolicyConfig
+    from nemo_like.config.run import ClusterConfig
     from nemo_like.data.batching import Batching, shard
     from nemo_like.losses.nll import NLL
+    from nemo_like.run.build import parallel_sizes, policy_factory
 
+    own = {name: {"enabled": True} | block for name, block in backend.items()}
     policy = PolicyConfig(
-        model_name=folder, init="random", precision="float32", max_total_sequence_length=64,
-        train_micro_batch_size=2,
+        model_name=folder, init="random", max_total_sequence_length=64, train_micro_batch_size=2,
+        precision=options.get("precision", "float32"),
         optimizer={"lr": 3e-4, "muon_ns_dtype": "float64"} | options.get("optimizer", {}),
-        dtensor_cfg=dtensor, sequence_packing=options.get("packing", {}),
-        dynamic_batching=options.get("dynamic", {}), logprob_chunk_size=options.get("chunk", 1024),
+        sequence_packing=options.get("packing", {}), dynamic_batching=options.get("dynamic", {}),
+        logprob_chunk_size=options.get("chunk", 1024),
+        **{"dtensor_cfg": {"enabled": False}} | own,
     )  # fmt: skip
-    backend = DTensorFactory(policy, BackendSettings(seed=0))()
-    backend.begin(STEPS)
+    rank = int(os.environ.get("RANK", 0))
+    cluster = ClusterConfig(
+        gpus_per_node=0, cpu_workers_per_node=int(os.environ.get("WORLD_SIZE", 1))
+    )
+    placement = place(cluster, parallel_sizes(policy), gpus_found=0)
+    num_data, data_rank = placement.num_data_parallel, placement.ranks[rank].data
+    backend = policy_factory(policy, BackendSettings(seed=0))()
+    facts = backend.begin(STEPS)
+    if "load" in options:
+        backend.load(Path(options["load"]))
     batching = Batching.for_training(policy)
-    tensor = policy.dtensor_cfg.tensor_parallel_size
-    num_data = int(os.environ.get("WORLD_SIZE", 1)) // tensor
-    data_rank = int(os.environ.get("RANK", 0)) // tensor
     losses, norms = [], []
-    for step in range(options.get("steps", STEPS)):
+    for step in range(backend.step, options.get("steps", STEPS)):
         shards = shard(batch_of(step), num_data, batching)
         stats = backend.train_step(shards[data_rank], NLL())
         losses.append(stats.metrics["loss"].value)
         norms.append(stats.metrics["grad_norm"].value)
+    if "save" in options:
+        Path(options["save"]).mkdir(parents=True, exist_ok=True)
+        backend.save(Path(options["save"]))
     weights = {name: w.clone().numpy() for name, w in backend.export_weights()}
     logprobs = backend.logprobs(shard(batch_of(99), num_data, batching)[data_rank])
     backend.close()
@@ -85,7 +101,9 @@ def train_on_this_rank(folder, dtensor, options):
         "norms": norms,
         "weights": weights,
         "logprob_sum": float(logprobs.sum()),
-        "is_leader": int(os.environ.get("RANK", 0)) % tensor == 0,
+        "is_leader": rank in placement.leaders(),
+        "metrics": {name: metric.value for name, metric in stats.metrics.items()},
+        "owners": {owner["name"]: owner["optimizer"] for owner in facts.owners},
     }
 
 
@@ -98,6 +116,8 @@ def over_ranks(results):
         "norms": results[0]["norms"],
         "weights": results[0]["weights"],
         "logprob_sum": sum(r["logprob_sum"] for r in leaders),
+        "metrics": results[0]["metrics"],
+        "owners": results[0]["owners"],
     }
 
 
@@ -110,7 +130,13 @@ def alone(models, pool):
         key = json.dumps([name, options], sort_keys=True)
         if key not in found:
             found[key] = over_ranks(
-                pool(1).run(train_on_this_rank, str(models / name), {}, options, timeout_s=120)
+                pool(1).run(
+                    train_on_this_rank,
+                    str(models / name),
+                    {"dtensor_cfg": {}},
+                    options,
+                    timeout_s=120,
+                )
             )
         return found[key]
 
@@ -141,7 +167,8 @@ LAYOUTS = [
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize(("world", "dtensor", "label"), LAYOUTS, ids=[x[2] for x in LAYOUTS])
 def test_layout_takes_the_steps_of_one_process(models, pool, alone, name, world, dtensor, label):
-    results = pool(world).run(train_on_this_rank, str(models / name), dtensor, {}, timeout_s=120)
+    backend = {"dtensor_cfg": dtensor}
+    results = pool(world).run(train_on_this_rank, str(models / name), backend, {}, timeout_s=120)
     assert_same_training(over_ranks(results), alone(name))
 
 
@@ -152,7 +179,7 @@ def test_muon_takes_the_steps_of_one_process(models, pool, alone, world, dtensor
     muon = {"optimizer": "muon", "muon_split_heads": split_heads, "muon_bucket_mb": 0.02}
     options = {"optimizer": muon}
     results = pool(world).run(
-        train_on_this_rank, str(models / "qwen3"), dtensor, options, timeout_s=120
+        train_on_this_rank, str(models / "qwen3"), {"dtensor_cfg": dtensor}, options, timeout_s=120
     )
     assert_same_training(over_ranks(results), alone("qwen3", **options))
 
@@ -173,13 +200,12 @@ def test_muon_takes_the_steps_of_one_process(models, pool, alone, world, dtensor
 )
 def test_batching_and_chunks_do_not_change_training(models, pool, alone, world, dtensor, options):
     results = pool(world).run(
-        train_on_this_rank, str(models / "qwen3"), dtensor, options, timeout_s=120
+        train_on_this_rank, str(models / "qwen3"), {"dtensor_cfg": dtensor}, options, timeout_s=120
     )
     assert_same_training(over_ranks(results), alone("qwen3"))
 
 
 def test_tensor_parallel_size_that_does_not_divide_the_heads_is_refused(models, pool):
+    backend = {"dtensor_cfg": {"tensor_parallel_size": 4}}
     with pytest.raises(AssertionError, match="num_key_value_heads=2"):
-        pool(4).run(
-            train_on_this_rank, str(models / "qwen3"), {"tensor_parallel_size": 4}, {}, timeout_s=60
-        )
+        pool(4).run(train_on_this_rank, str(models / "qwen3"), backend, {}, timeout_s=60)

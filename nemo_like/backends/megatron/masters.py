@@ -201,7 +201,7 @@ def _gather(masters: Sequence[Master], group: dist.ProcessGroup) -> None:
     for master, part in zip(masters, mine.split(sizes), strict=True):
         part[: master.weight.numel()].copy_(master.weight.flatten())
     every = mine.new_empty(group.size(), len(mine))
-    dist.all_gather_into_tensor(every, mine, group=group)
+    dist.all_gather_into_tensor(every.view(-1), mine, group=group)
     for master, parts in zip(masters, every.split(sizes, dim=1), strict=True):
         rows = parts.reshape(-1, *master.parameter.shape[1:])
         master.parameter.copy_(rows[: len(master.parameter)])

@@ -1,0 +1,87 @@
+"""Megatron's layouts take the steps of one process on the other backend, and continue its runs."""
+
+import pytest
+from test_layouts import CLASSES, alone, assert_same_training, models, over_ranks  # noqa: F401
+from test_layouts import train_on_this_rank as train
+
+TP, PP, CP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "context"))
+CP = "context_parallel_size"
+SP = {"sequence_parallel": True}
+DDP = "distributed_data_parallel_config"
+LAYOUTS = {
+    "1 process": (1, {}),
+    "TP 2": (2, {TP: 2}),
+    "TP 2 with SP": (2, {TP: 2} | SP),
+    "PP 2": (2, {PP: 2}),
+    "CP 2": (2, {CP: 2}),
+    "DP 2, shared optimizer": (2, {}),
+    "DP 2": (2, {"optimizer": {"use_distributed_optimizer": False}}),
+    "TP 2 x PP 2": (4, {TP: 2, PP: 2}),
+    "TP 2 x DP 2, shared optimizer": (4, {TP: 2}),
+    "TP 4 over 2 key heads": (4, {TP: 4}),
+}
+each_layout = pytest.mark.parametrize("label", LAYOUTS)
+
+
+def run(pool, folder, label, options):
+    world, megatron = LAYOUTS[label]
+    backend = {"megatron_cfg": megatron}
+    return over_ranks(pool(world).run(train, str(folder), backend, options, timeout_s=200))
+
+
+@each_layout
+def test_adamw_takes_the_steps_of_the_other_backend(models, pool, alone, label):  # noqa: F811
+    name = "qwen2" if label == "TP 2" else "llama" if label == "PP 2" else "qwen3"
+    found = run(pool, models / name, label, {})
+    assert_same_training(found, alone(name))
+    assert found["owners"] == alone(name)["owners"]
+
+
+@each_layout
+@pytest.mark.parametrize("optimizer", ["muon", "dist_muon"])
+def test_muon_takes_the_steps_of_the_other_backend(models, pool, alone, label, optimizer):  # noqa: F811
+    options = {"optimizer": {"optimizer": optimizer, "muon_bucket_mb": 0.02}}
+    found = run(pool, models / "qwen3", label, options)
+    expected = alone("qwen3", optimizer={"optimizer": "muon", "muon_bucket_mb": 0.02})
+    assert_same_training(found, expected)
+    assert found["owners"] == expected["owners"]
+    for key in ("muon/update_rms", "adamw/update_rms"):
+        assert found["metrics"][key] == pytest.approx(expected["metrics"][key], rel=1e-3)
+
+
+def half_a_run(pool, folder, backend, world, options):
+    return over_ranks(pool(world).run(train, str(folder), backend, options, timeout_s=200))
+
+
+DTENSOR = (2, {"dtensor_cfg": {}})
+ACROSS = {
+    "to TP 2": (DTENSOR, (2, {"megatron_cfg": {TP: 2}})),
+    "to PP 2": (DTENSOR, (2, {"megatron_cfg": {PP: 2}})),
+    "to DP 2, shared optimizer": (DTENSOR, (2, {"megatron_cfg": {}})),
+    "from TP 4 over 2 key heads": ((4, {"megatron_cfg": {TP: 4}}), DTENSOR),
+    "from TP 2 x PP 2": ((4, {"megatron_cfg": {TP: 2, PP: 2}}), DTENSOR),
+    "from PP 2 to TP 2": ((2, {"megatron_cfg": {PP: 2}}), (2, {"megatron_cfg": {TP: 2}})),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "dist_muon"])
+@pytest.mark.parametrize("way", ACROSS)
+def test_a_run_goes_on_across_backends_and_layouts(
+    models,  # noqa: F811
+    pool,
+    alone,  # noqa: F811
+    tmp_path,
+    way,
+    optimizer,
+):
+    (world, backend), (next_world, next_backend) = ACROSS[way]
+    options = {"optimizer": {"optimizer": optimizer, "muon_bucket_mb": 0.02}}
+    folder, saved = models / "qwen3", {"save": str(tmp_path)}
+    half_a_run(pool, folder, backend, world, options | saved | {"steps": 4})
+    loaded = {"load": str(tmp_path), "steps": 8}
+    found = half_a_run(pool, folder, next_backend, next_world, options | loaded)
+    expected = alone("qwen3", **options, steps=8)
+    for key in ("losses", "norms"):
+        assert found[key] == pytest.approx(expected[key][4:], abs=1e-6)
+    for name, weight in expected["weights"].items():
+        assert abs(found["weights"][name] - weight).max() < 1e-5, name
