@@ -1,13 +1,15 @@
 """Megatron's layouts take the steps of one process on the other backend, and continue its runs."""
 
+import json
+from functools import cache
+
 import pytest
 from test_layouts import CLASSES, alone, assert_same_training, models, over_ranks  # noqa: F401
 from test_layouts import train_on_this_rank as train
 
-TP, PP, CP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "context"))
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 CP = "context_parallel_size"
 SP = {"sequence_parallel": True}
-DDP = "distributed_data_parallel_config"
 LAYOUTS = {
     "1 process": (1, {}),
     "TP 2": (2, {TP: 2}),
@@ -47,6 +49,72 @@ def test_muon_takes_the_steps_of_the_other_backend(models, pool, alone, label, o
     assert found["owners"] == expected["owners"]
     for key in ("muon/update_rms", "adamw/update_rms"):
         assert found["metrics"][key] == pytest.approx(expected["metrics"][key], rel=1e-3)
+
+
+EXPERT, EXPERT_TP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+MOE_LAYOUTS = {
+    "EP 2": (2, {EXPERT: 2}),
+    "DP 2, shared optimizer": (2, {}),
+    "TP 2 with SP, experts too": (2, {TP: 2, EXPERT_TP: 2} | SP),
+    "TP 2 with SP, EP 2": (2, {TP: 2, EXPERT: 2} | SP),
+    "PP 2 x EP 2": (4, {PP: 2, EXPERT: 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    """A model of four experts, of which each token has two."""
+    folder = tmp_path_factory.mktemp("moe")
+    config = {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 96, "moe_intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64,
+        "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "norm_topk_prob": True, "tie_word_embeddings": False,
+        "max_position_embeddings": 128, "initializer_range": 0.08,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone_with_experts(moe, pool):
+    """What one process finds, by optimizer."""
+
+    @cache
+    def of(optimizer):
+        options = {"optimizer": {"optimizer": optimizer}, "steps": 10}
+        return half_a_run(pool, moe, {"megatron_cfg": {}}, 1, options)
+
+    return of
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "dist_muon"])
+@pytest.mark.parametrize("label", MOE_LAYOUTS)
+def test_experts_take_the_steps_of_one_process(moe, pool, alone_with_experts, label, optimizer):
+    world, megatron = MOE_LAYOUTS[label]
+    options = {"optimizer": {"optimizer": optimizer}, "steps": 10}
+    found = half_a_run(pool, moe, {"megatron_cfg": megatron}, world, options)
+    expected = alone_with_experts("adam" if optimizer == "adam" else "muon")
+    assert_same_training(found, expected)
+    assert found["owners"] == expected["owners"]
+    owner = found["owners"]["model.layers.1.mlp.experts.3.down_proj.weight"]
+    assert owner == ("adamw" if optimizer == "adam" else "muon")
+    assert found["owners"]["model.layers.1.mlp.gate.weight"] == "adamw"
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "dist_muon"])
+def test_experts_are_shared_out_anew_when_a_run_goes_on(
+    moe, pool, alone_with_experts, tmp_path, optimizer
+):
+    options, saved = {"optimizer": {"optimizer": optimizer}}, {"save": str(tmp_path)}
+    expert_parallel, pipeline = {"megatron_cfg": {EXPERT: 2}}, {"megatron_cfg": {PP: 2}}
+    half_a_run(pool, moe, expert_parallel, 2, options | saved | {"steps": 4})
+    loaded = {"load": str(tmp_path), "steps": 10}
+    found = half_a_run(pool, moe, pipeline, 2, options | loaded)
+    expected = alone_with_experts("adam" if optimizer == "adam" else "muon")
+    for key in ("losses", "norms"):
+        assert found[key] == pytest.approx(expected[key][4:], abs=1e-6)
 
 
 def half_a_run(pool, folder, backend, world, options):
