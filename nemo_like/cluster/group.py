@@ -268,10 +268,7 @@ class WorkerGroup:
 
     @contextmanager
     def _alone(self, phase: str) -> Iterator[None]:
-        """Inside, no other thread has a call: ranks would meet in collectives of different calls.
-
-        An engine that is replaced gets its weights in a thread of its own, while others work.
-        """
+        """Inside, no other thread has a call: ranks would meet in collectives of different ones."""
         if not self._turn.acquire(timeout=self._config.timeout_s):
             raise WorkerError(
                 f"the {self._config.name} workers did not come to {phase} within "

@@ -37,12 +37,15 @@ def assert_learned_from_its_answers(place):
 @pytest.fixture(scope="module")
 def dapo_muon(tmp_path_factory, sft_config):
     place = Place(tmp_path_factory.mktemp("dapo"))
-    command = ("--config", "configs/dapo_math.yaml", "policy.optimizer.optimizer=muon")
+    command = (
+        "--config", "configs/dapo_math.yaml", "policy.optimizer.optimizer=muon",
+        "policy.generation.refit_transport=broadcast",
+    )  # fmt: skip
     return place, command, run(place, sft_config, *command)
 
 
 def test_grpo_with_adamw_makes_its_start_and_learns(place, sft_config):
-    said = run(place, sft_config)
+    said = run(place, sft_config, "policy.generation.refit_transport=ipc")
     assert_learned_from_its_answers(place)
     assert said.count("Next:") == 1 and "policy.optimizer.optimizer=muon" in said
     assert "adamw" in said and (place.log / "report.html").exists()
