@@ -1,5 +1,6 @@
 """One process, FSDP2, HSDP, tensor and sequence parallelism take the same steps."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -51,6 +52,21 @@ def batch_of(step, vocab=64):
     )
 
 
+def recorded_rollouts(step):
+    """The same sequences with what an engine and a judge would have said of them."""
+    batch = batch_of(step)
+    g = torch.Generator().manual_seed(1000 + step)
+    spread = torch.randn(len(batch.lengths_B), generator=g).repeat_interleave(batch.lengths_B)
+    noise = 0.3 * torch.randn(len(batch.token_ids_N), generator=g)
+    return dataclasses.replace(
+        batch,
+        advantages_N=spread * batch.loss_mask_N,
+        old_logprobs_N=(noise - 4.2) * batch.loss_mask_N,
+        sampled_logprobs_N=(noise - 4.1) * batch.loss_mask_N,
+        ref_logprobs_N=(noise - 4.0) * batch.loss_mask_N,
+    )
+
+
 def train_on_this_rank(folder, backend, options):
     """Loss and gradient norm of every step, and the weights at the end.
 
@@ -58,9 +74,11 @@ def train_on_this_rank(folder, backend, options):
     """
     from nemo_like.backends.settings import BackendSettings
     from nemo_like.cluster.placement import place
+    from nemo_like.config.loss import ClippedPGConfig
     from nemo_like.config.policy import PolicyConfig
     from nemo_like.config.run import ClusterConfig
     from nemo_like.data.batching import Batching, shard
+    from nemo_like.losses.clipped_pg import ClippedPG
     from nemo_like.losses.nll import NLL
     from nemo_like.run.build import parallel_sizes, policy_factory
 
@@ -85,9 +103,11 @@ def train_on_this_rank(folder, backend, options):
         backend.load(Path(options["load"]))
     batching = Batching.for_training(policy)
     losses, norms = [], []
+    on_rollouts = options.get("on_rollouts", False)
+    loss = ClippedPG(ClippedPGConfig()) if on_rollouts else NLL()
     for step in range(backend.step, options.get("steps", STEPS)):
-        shards = shard(batch_of(step), num_data, batching)
-        stats = backend.train_step(shards[data_rank], NLL())
+        batch = recorded_rollouts(step) if on_rollouts else batch_of(step)
+        stats = backend.train_step(shard(batch, num_data, batching)[data_rank], loss)
         losses.append(stats.metrics["loss"].value)
         norms.append(stats.metrics["grad_norm"].value)
     if "save" in options:

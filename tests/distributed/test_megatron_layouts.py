@@ -51,6 +51,17 @@ def test_muon_takes_the_steps_of_the_other_backend(models, pool, alone, label, o
         assert found["metrics"][key] == pytest.approx(expected["metrics"][key], rel=1e-3)
 
 
+@pytest.mark.parametrize("label", ["TP 2 with SP", "TP 2 x PP 2"])
+def test_policy_gradients_of_recorded_rollouts_are_those_of_the_other_backend(
+    models,  # noqa: F811
+    pool,
+    alone,  # noqa: F811
+    label,
+):
+    options = {"on_rollouts": True}
+    assert_same_training(run(pool, models / "qwen3", label, options), alone("qwen3", **options))
+
+
 EXPERT, EXPERT_TP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 MOE_LAYOUTS = {
     "EP 2": (2, {EXPERT: 2}),
