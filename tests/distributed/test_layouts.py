@@ -67,63 +67,83 @@ def recorded_rollouts(step):
     )
 
 
-def train_on_this_rank(folder, backend, options):
-    """Loss and gradient norm of every step, and the weights at the end.
+class Started:
+    """This rank's backend, and its shares of the batches.
 
-    `backend` is the block of its backend, under the name it has in a policy.
+    `block` is the block of its backend, under the name it has in a policy.
     """
-    from nemo_like.backends.settings import BackendSettings
-    from nemo_like.cluster.placement import place
-    from nemo_like.config.loss import ClippedPGConfig
-    from nemo_like.config.policy import PolicyConfig
-    from nemo_like.config.run import ClusterConfig
-    from nemo_like.data.batching import Batching, shard
-    from nemo_like.losses.clipped_pg import ClippedPG
-    from nemo_like.losses.nll import NLL
-    from nemo_like.run.build import parallel_sizes, policy_factory
 
-    own = {name: {"enabled": True} | block for name, block in backend.items()}
-    policy = PolicyConfig(
-        model_name=folder, init="random", max_total_sequence_length=64, train_micro_batch_size=2,
-        precision=options.get("precision", "float32"),
-        optimizer={"lr": 3e-4, "muon_ns_dtype": "float64"} | options.get("optimizer", {}),
-        sequence_packing=options.get("packing", {}), dynamic_batching=options.get("dynamic", {}),
-        logprob_chunk_size=options.get("chunk", 1024),
-        **{"dtensor_cfg": {"enabled": False}} | own,
-    )  # fmt: skip
-    rank = int(os.environ.get("RANK", 0))
-    cluster = ClusterConfig(
-        gpus_per_node=0, cpu_workers_per_node=int(os.environ.get("WORLD_SIZE", 1))
-    )
-    placement = place(cluster, parallel_sizes(policy), gpus_found=0)
-    num_data, data_rank = placement.num_data_parallel, placement.ranks[rank].data
-    backend = policy_factory(policy, BackendSettings(seed=0))()
-    facts = backend.begin(STEPS)
+    def __init__(self, folder, block, options):
+        from nemo_like.backends.settings import BackendSettings
+        from nemo_like.cluster.placement import place
+        from nemo_like.config.policy import PolicyConfig
+        from nemo_like.config.run import ClusterConfig
+        from nemo_like.data.batching import Batching
+        from nemo_like.run.build import parallel_sizes, policy_factory
+
+        own = {name: {"enabled": True} | settings for name, settings in block.items()}
+        policy = PolicyConfig(
+            model_name=folder, init="random", max_total_sequence_length=64,
+            train_micro_batch_size=2, precision=options.get("precision", "float32"),
+            optimizer={"lr": 3e-4, "muon_ns_dtype": "float64"} | options.get("optimizer", {}),
+            sequence_packing=options.get("packing", {}),
+            dynamic_batching=options.get("dynamic", {}),
+            logprob_chunk_size=options.get("chunk", 1024),
+            **{"dtensor_cfg": {"enabled": False}} | own,
+        )  # fmt: skip
+        rank = int(os.environ.get("RANK", 0))
+        cluster = ClusterConfig(
+            gpus_per_node=0, cpu_workers_per_node=int(os.environ.get("WORLD_SIZE", 1))
+        )
+        placement = place(cluster, parallel_sizes(policy), gpus_found=0)
+        self.is_leader = rank in placement.leaders()
+        self._share = placement.num_data_parallel, placement.ranks[rank].data
+        self._on_rollouts = options.get("on_rollouts", False)
+        self._batching = Batching.for_training(policy)
+        self.backend = policy_factory(policy, BackendSettings(seed=0))()
+        self.facts = self.backend.begin(STEPS)
+
+    def share_of(self, batch):
+        from nemo_like.data.batching import shard
+
+        number, own = self._share
+        return shard(batch, number, self._batching)[own]
+
+    def train_step(self, step):
+        from nemo_like.config.loss import ClippedPGConfig
+        from nemo_like.losses.clipped_pg import ClippedPG
+        from nemo_like.losses.nll import NLL
+
+        loss = ClippedPG(ClippedPGConfig()) if self._on_rollouts else NLL()
+        batch = recorded_rollouts(step) if self._on_rollouts else batch_of(step)
+        return self.backend.train_step(self.share_of(batch), loss)
+
+
+def train_on_this_rank(folder, block, options):
+    """Loss and gradient norm of every step, and the weights at the end."""
+    this = Started(folder, block, options)
+    backend = this.backend
     if "load" in options:
         backend.load(Path(options["load"]))
-    batching = Batching.for_training(policy)
     losses, norms = [], []
-    on_rollouts = options.get("on_rollouts", False)
-    loss = ClippedPG(ClippedPGConfig()) if on_rollouts else NLL()
     for step in range(backend.step, options.get("steps", STEPS)):
-        batch = recorded_rollouts(step) if on_rollouts else batch_of(step)
-        stats = backend.train_step(shard(batch, num_data, batching)[data_rank], loss)
+        stats = this.train_step(step)
         losses.append(stats.metrics["loss"].value)
         norms.append(stats.metrics["grad_norm"].value)
     if "save" in options:
         Path(options["save"]).mkdir(parents=True, exist_ok=True)
         backend.save(Path(options["save"]))
     weights = {name: w.clone().numpy() for name, w in backend.export_weights()}
-    logprobs = backend.logprobs(shard(batch_of(99), num_data, batching)[data_rank])
+    logprobs = backend.logprobs(this.share_of(batch_of(99)))
     backend.close()
     return {
         "losses": losses,
         "norms": norms,
         "weights": weights,
         "logprob_sum": float(logprobs.sum()),
-        "is_leader": rank in placement.leaders(),
+        "is_leader": this.is_leader,
         "metrics": {name: metric.value for name, metric in stats.metrics.items()},
-        "owners": {owner["name"]: owner["optimizer"] for owner in facts.owners},
+        "owners": {owner["name"]: owner["optimizer"] for owner in this.facts.owners},
     }
 
 
