@@ -77,3 +77,14 @@ def test_dapo_with_muon_and_vllm_continues_to_the_bit(dapo_muon, sft_config):
         assert found.keys() == files.keys()
         assert [name for name in files if found[name] != files[name]] == [], f"step {step}"
     assert place.values() == values
+
+
+@pytest.mark.slow
+def test_megatron_and_layer_wise_muon_learn(place, sft_config):
+    megatron = (
+        "policy.megatron_cfg.enabled=true", "policy.dtensor_cfg.enabled=false",
+        "policy.megatron_cfg.tensor_model_parallel_size=2", "cluster.cpu_workers_per_node=2",
+        "policy.optimizer.optimizer=dist_muon",
+    )  # fmt: skip
+    assert "muon" in run(place, sft_config, *megatron)
+    assert_learned_from_its_answers(place)

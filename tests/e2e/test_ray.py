@@ -23,11 +23,14 @@ LONG = (
     "checkpointing.keep_top_k=2",
 )  # fmt: skip
 LAYOUTS = {
-    "1 worker": ("cluster.cpu_workers_per_node=1",),
     "2 workers": ("cluster.cpu_workers_per_node=2",),
     "2 workers, tensor parallel": (
         "cluster.num_nodes=1", "cluster.cpu_workers_per_node=2",
         "policy.dtensor_cfg.tensor_parallel_size=2",
+    ),
+    "2 workers, Megatron": (
+        "cluster.cpu_workers_per_node=2", "policy.dtensor_cfg.enabled=false",
+        "policy.megatron_cfg.enabled=true", "policy.megatron_cfg.tensor_model_parallel_size=2",
     ),
 }  # fmt: skip
 
