@@ -47,9 +47,41 @@ def build_optimizer(
     """
     named = list(named_parameters)
     algorithm = ALGORITHMS[config.optimizer]
+    routing = plan_routing(named, config, embeddings=embeddings, attention=attention, layout=layout)
+    by_name = dict(named)
+    # In one order on all ranks, with an empty group for what only others hold.
+    algorithms: list[Algorithm] = ["adamw", "muon"] if algorithm == "muon" else [algorithm]
+    groups = [
+        {
+            "params": [(name, by_name[name]) for name in routing.names(owner)],
+            "algorithm": owner,
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            **_settings(owner, config, routing),
+        }
+        for owner in algorithms
+    ]
+    optimizer = CombinedOptimizer(groups, layout)
+    _prove_all_claimed(optimizer, named)
+    return optimizer, routing
+
+
+def plan_routing(
+    named: Iterable[tuple[str, Tensor]],
+    config: OptimizerConfig,
+    *,
+    embeddings: Iterable[str] = (),
+    attention: AttentionShape | None = None,
+    layout: Callable[[Tensor], Layout] = layout_of,
+) -> Routing:
+    """Who owns each parameter and why, and into which matrices Muon cuts it; see above.
+
+    Raises:
+        ConfigError: a parameter or a setting does not allow it; the message names the key.
+    """
     routing = route(
         named,
-        algorithm,
+        ALGORITHMS[config.optimizer],
         embeddings=embeddings,
         include=config.muon_include,
         exclude=config.muon_exclude,
@@ -67,22 +99,7 @@ def build_optimizer(
             "muon_split_heads=true found no matrix with heads among its own: it knows q_proj, "
             "k_proj, v_proj and packed forms of them; set it to false"
         )
-    by_name = dict(named)
-    # In one order on all ranks, with an empty group for what only others hold.
-    algorithms: list[Algorithm] = ["adamw", "muon"] if algorithm == "muon" else [algorithm]
-    groups = [
-        {
-            "params": [(name, by_name[name]) for name in routing.names(owner)],
-            "algorithm": owner,
-            "lr": config.lr,
-            "weight_decay": config.weight_decay,
-            **_settings(owner, config, routing),
-        }
-        for owner in algorithms
-    ]
-    optimizer = CombinedOptimizer(groups, layout)
-    _prove_all_claimed(optimizer, named)
-    return optimizer, routing
+    return routing
 
 
 def muon_rule(config: OptimizerConfig) -> MuonRule:

@@ -72,7 +72,7 @@ def _steps(config: OptimizerConfig, owned: Sequence[Owner]) -> dict[str, str]:
 
 
 def _work(config: OptimizerConfig, plans: Sequence[Plan]) -> dict[str, str]:
-    """Who orthogonalises how much, and what is sent for it."""
+    """Who orthogonalises how much, and what the rank that sends most sends for it."""
     matrices = Counter(owner for plan in plans for owner in plan.owners)
     gflop: dict[int, float] = {}
     for plan in plans:
@@ -86,8 +86,11 @@ def _work(config: OptimizerConfig, plans: Sequence[Plan]) -> dict[str, str]:
             f"{max(gflop.values()) / mean:.2f} times the mean work"
         )
     itemsize = muon_rule(config).wire(torch.float32).itemsize
-    sent = [elements * itemsize / 1e6 for plan in plans for elements in plan.sent]
-    if sent:
+    sent_by: dict[int, list[float]] = {}
+    for plan in plans:
+        for rank in plan.ranks:
+            sent_by.setdefault(rank, []).extend(n * itemsize / 1e6 for n in plan.sent)
+    if sent := max(sent_by.values(), key=sum):
         facts["sent in a step"] = (
             f"{sum(sent):,.3g} MB by a rank, in {len(sent)} bucket(s) of "
             f"{_span(min(sent), max(sent))} MB"

@@ -16,6 +16,9 @@ from nemo_like.optim.views import WHOLE, View
 
 Algorithm = Literal["muon", "adamw", "sgd"]
 
+STATE_BYTES: dict[Algorithm, int] = {"adamw": 8, "muon": 4, "sgd": 4}
+"""Bytes of fp32 optimizer state per parameter."""
+
 NAME_RULES: tuple[tuple[str, str], ...] = (
     # A module called `gate_proj` or `gate_up_proj` is a hidden matrix; one called `gate` is a
     # router.

@@ -6,25 +6,23 @@ The model, who owns its parameters, the layout and the memory of a rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from nemo_like.assets import model_folder
 from nemo_like.cluster.placement import Placement, count_local_gpus, place
 from nemo_like.config.command_line import parse
 from nemo_like.config.grpo import GRPOTree
+from nemo_like.config.megatron import MegatronConfig
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.config.sft import SFTTree
 from nemo_like.config.tree import RunTree
 from nemo_like.errors import NemoLikeError
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Table, outlook_tables, ownership_table
-from nemo_like.optim.routing import Owner, Routing, embedding_names
+from nemo_like.optim.routing import STATE_BYTES, Owner, Routing, embedding_names
 from nemo_like.optim.views import attention_shape
 from nemo_like.run.build import parallel_sizes
-
-STATE_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
-"""Bytes of fp32 optimizer state per parameter."""
 
 
 def dry_run_sft(tree: SFTTree) -> int:
@@ -44,17 +42,38 @@ def _dry_run(tree: RunTree, own_facts: Callable[[], dict[str, str]]) -> int:
             tree.training_cluster, parallel_sizes(tree.policy), gpus_found=count_local_gpus()
         )
         console.table(_run_table(tree, placement, own_facts()))
-        if isinstance(tree.policy.backend, DTensorConfig):
-            routing = planned_routing(tree.policy)
-            console.table(ownership_table([vars_of(row) for row in routing.rows]))
-            for table in outlook_tables(planned_outlook(tree.policy, routing, placement)):
-                console.table(table)
-            console.table(_memory_table(routing.rows, tree.policy.backend, placement))
+        for table in _tables_of_backend(tree.policy, placement):
+            console.table(table)
     except NemoLikeError as error:
         console.error(error, last_checkpoint=None, next_command=None)
         return error.exit_code
     console.say("dry run: nothing was started")
     return 0
+
+
+def _tables_of_backend(policy: PolicyConfig, placement: Placement) -> Iterator[Table]:
+    """Owners, what to expect of Muon, and memory, as the active backend would have them."""
+    match policy.backend:
+        case DTensorConfig() as config:
+            routing = planned_routing(policy)
+            yield ownership_table([vars_of(row) for row in routing.rows])
+            yield from outlook_tables(planned_outlook(policy, routing, placement))
+            yield _memory_table(_memory_of_dtensor(routing.rows, config, placement))
+        case MegatronConfig():
+            yield from _tables_of_megatron(policy, placement)
+
+
+def _tables_of_megatron(policy: PolicyConfig, placement: Placement) -> Iterator[Table]:
+    from nemo_like.backends.hf_models import load_hf_config
+    from nemo_like.backends.megatron.forecast import Forecast, memory_facts
+    from nemo_like.optim.outlook import outlook
+
+    folder = model_folder(policy.model_name, with_weights=False)
+    hf_config = load_hf_config(folder, policy.hf_config_overrides, backend_key=policy.backend_key)
+    forecast = Forecast(policy, hf_config, placement.world_size)
+    yield ownership_table(forecast.owners)
+    yield from outlook_tables(outlook(policy.active_optimizer, forecast.routing, forecast.plans))
+    yield _memory_table(memory_facts(forecast.memory()))
 
 
 def vars_of(row: Owner) -> dict[str, object]:
@@ -150,8 +169,10 @@ def _run_table(tree: RunTree, placement: Placement, own: dict[str, str]) -> Tabl
     return Table("What would be done", ("", ""), tuple(facts.items()))
 
 
-def _memory_table(rows: Iterable[Owner], config: DTensorConfig, placement: Placement) -> Table:
-    """State of one rank, of what FSDP2 and tensor parallelism divide; activations not counted."""
+def _memory_of_dtensor(
+    rows: Iterable[Owner], config: DTensorConfig, placement: Placement
+) -> Mapping[str, float]:
+    """Bytes of one rank, of what FSDP2 and tensor parallelism divide."""
     tensor = config.tensor_parallel_size
     shards = placement.num_data_parallel // config.dp_replicate_size
     weights = state = 0.0
@@ -159,11 +180,14 @@ def _memory_table(rows: Iterable[Owner], config: DTensorConfig, placement: Place
         share = row.numel / shards / (tensor if len(row.shape) > 1 else 1)
         weights += 4 * share
         state += STATE_BYTES[row.optimizer] * share
-    kinds = {
+    return {
         "weights (fp32)": weights,
         "gradients (fp32)": weights,
         "optimizer state (fp32)": state,
+        "together": 2 * weights + state,
     }
-    kinds["together"] = sum(kinds.values())
+
+
+def _memory_table(kinds: Mapping[str, float]) -> Table:
     lines = tuple((kind, f"{size / 1e9:,.3f}") for kind, size in kinds.items())
     return Table("One rank's memory (no activations)", ("", "GB"), lines)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_like.backends.megatron.convert import WeightTable
+from nemo_like.backends.megatron.places import layers_of_stages
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
 from nemo_like.optim.views import attention_shape
@@ -89,6 +90,8 @@ def refuse_unsupported(policy: PolicyConfig, hf_config: Any) -> None:
         tp_size=config.tensor_model_parallel_size,
         expert_tp_size=config.expert_tensor_parallel_size,
     )
+    inverse_frequencies(hf_config)
+    layers_of_stages(config, hf_config.num_hidden_layers)
     for key, reason in (*_model_refusals(hf_config), *_policy_refusals(policy, hf_config)):
         raise ConfigError(f"{key}: {reason}")
 
@@ -164,16 +167,14 @@ def _layout_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str
             f"{block}tensor_model_parallel_size",
             f"{tp} and the model's num_key_value_heads={groups}: one must divide the other",
         )
-    pp, layers = config.pipeline_model_parallel_size, hf_config.num_hidden_layers
-    ends = (config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage)
-    given = [end for end in ends if end is not None]
-    left, stages = layers - sum(given), pp - len(given)
-    if left < stages or (left % stages if stages else left):
+    optimizer = policy.active_optimizer
+    blockwise = optimizer.is_muon and optimizer.muon_tp_mode == "blockwise"
+    if blockwise and groups % tp and (optimizer.muon_split_qkv or optimizer.muon_split_heads):
         yield (
-            f"{block}pipeline_model_parallel_size",
-            f"{layers} layers can not be shared by {pp} stages with "
-            f"num_layers_in_first_pipeline_stage={ends[0]} and "
-            f"num_layers_in_last_pipeline_stage={ends[1]}: the other stages have equal parts",
+            f"{block}tensor_model_parallel_size",
+            f"under muon_tp_mode=blockwise each of the {tp} ranks cuts its own block of q, k and v "
+            f"apart, and {groups} heads of keys can not be shared out whole; set "
+            "muon_split_qkv=false and muon_split_heads=false, or another muon_tp_mode",
         )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +23,7 @@ from nemo_like.backends.megatron.convert import EMBEDDING, WeightTable
 from nemo_like.backends.megatron.masters import Masters
 from nemo_like.backends.megatron.model import build_model
 from nemo_like.backends.megatron.parallel import initialize
+from nemo_like.backends.megatron.routing import all_names, packed_attention, refuse_halves
 from nemo_like.backends.megatron.schedule import run
 from nemo_like.backends.megatron.weights import (
     WholeWeights,
@@ -36,11 +35,9 @@ from nemo_like.backends.settings import BackendSettings
 from nemo_like.checkpoint import rng
 from nemo_like.checkpoint.hf_import import read_hf_lazily
 from nemo_like.config.policy import PolicyConfig
-from nemo_like.errors import ConfigError
 from nemo_like.interfaces import Loss
 from nemo_like.ops.packing import Rows, rows_of
 from nemo_like.optim.build import build_optimizer
-from nemo_like.optim.views import AttentionShape, attention_shape
 from nemo_like.types import Metrics, Shard
 
 
@@ -89,11 +86,11 @@ class MegatronBackend(RankBackend):
             sharded=policy.shards_optimizer,
             blockwise=blockwise,
         )
-        _refuse_halves(self.table, (*active.muon_include, *active.muon_exclude))
+        refuse_halves(self.table, (*active.muon_include, *active.muon_exclude))
         optimizer, routing = build_optimizer(
-            self._all_names(),
+            all_names(self.table, self.masters.weights().items()),
             active,
-            attention=_attention(self.hf_config, self.parallel, blockwise=blockwise),
+            attention=packed_attention(self.hf_config, config, blockwise=blockwise),
             layout=self.masters.layout,
         )
         super().__init__(
@@ -187,42 +184,8 @@ class MegatronBackend(RankBackend):
         if self._joined and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _all_names(self) -> Iterator[tuple[str, Tensor]]:
-        """The masters by their names, and by those of what they are made of."""
-        for name, weight in self.masters.weights().items():
-            for known in (name, *self._stored_names(name)):
-                yield known, weight
-
 
 def _aligned(logprobs_M: Tensor, rows: Rows, part: Part) -> Tensor:
     """Log-probabilities of targets, where these are among the part's tokens. Shapes: [N]."""
     zeros_N = logprobs_M.new_zeros(len(part.batch.token_ids_N))
     return zeros_N.index_put((rows.source_M.to(logprobs_M.device),), logprobs_M)
-
-
-def _attention(hf_config: Any, parallel: Any, *, blockwise: bool) -> AttentionShape:
-    """The order of rows in packed matrices: whole ones, or the blocks of this rank."""
-    shape = attention_shape(hf_config)
-    assert shape is not None, "every family has attention"
-    tp = parallel.size("tp")
-    return replace(
-        shape,
-        num_heads=shape.num_heads // tp if blockwise else shape.num_heads,
-        num_kv_heads=shape.num_kv_heads // tp if blockwise else shape.num_kv_heads,
-        gate_up_groups=1 if blockwise else tp,
-        expert_gate_up_groups=1 if blockwise else parallel.size("etp"),
-    )
-
-
-def _refuse_halves(table: WeightTable, patterns: Sequence[str]) -> None:
-    """Refuse a pattern that names a part of what megatron-core keeps in one matrix."""
-    for name in table.entries:
-        parts = table.hf_names(name)
-        for pattern in patterns:
-            found = [part for part in parts if re.search(pattern, part)]
-            if found and len(found) < len(parts) and not re.search(pattern, name):
-                rest = ", ".join(part for part in parts if part not in found)
-                raise ConfigError(
-                    f"muon_include and muon_exclude: {pattern!r} matches {found[0]}, which the "
-                    f"Megatron backend keeps in one matrix with {rest}; name all of them or none"
-                )

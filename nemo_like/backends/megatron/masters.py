@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import Placement, Replicate, Shard
 
-from nemo_like.backends.megatron.convert import EMBEDDING, Entry, WeightTable
+from nemo_like.backends.megatron.convert import WeightTable
 from nemo_like.backends.megatron.model import Stage
 from nemo_like.backends.megatron.parallel import Parallel
+from nemo_like.backends.megatron.places import Place
 from nemo_like.backends.megatron.weights import LocalBlock
-from nemo_like.optim.layout import Layout, Shape, layout_on
+from nemo_like.optim.layout import Layout, Shape
 
 GATHERED_ELEMENTS = 2**24
 """Elements of weights that a rank sends at once where they are gathered."""
@@ -61,10 +61,12 @@ class Masters:
         sharded: bool,
         blockwise: bool = False,
     ) -> None:
+        grid, here = parallel.grid, {"stage": parallel.rank("pp"), "ep_rank": parallel.rank("ep")}
         self._masters = {
             name: _master(
                 parameter,
-                _Place(parallel, table, name, sharded=sharded),
+                Place(grid, table, name, sharded=sharded, **here),
+                parallel,
                 blockwise=blockwise,
             )
             for name, parameter in stage.global_parameters()
@@ -100,73 +102,15 @@ class Masters:
             _gather(bucket, group)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a parameter of the table is."""
-
-    parallel: Parallel
-    table: WeightTable
-    name: str
-    sharded: bool
-
-    @property
-    def entry(self) -> Entry:
-        return self.table.entries[self.name]
-
-    def local_box(self) -> tuple[Shape, Shape]:
-        """Offset and shape of this rank's part, over all that share its rows."""
-        return self.table.local_box(self.name, self._tp_rank)
-
-    def sharers(self) -> dist.ProcessGroup | None:
-        from megatron.core import parallel_state as ps
-
-        group = (
-            ps.get_expert_data_parallel_group()
-            if self.entry.is_expert
-            else ps.get_data_parallel_group(with_context_parallel=True)
-        )
-        return group if self.sharded and group.size() > 1 else None
-
-    def layout(self) -> Layout:
-        dim = self.entry.tp_dim
-        cut = Replicate() if dim is None else Shard(dim)
-        return layout_on(self.entry.shape, self._ranks, [Replicate(), cut, self._of_sharers])
-
-    def layout_of_block(self) -> Layout:
-        """The layout of this rank's part alone, as a tensor of its own."""
-        _, shape = self.local_box()
-        alone = self._ranks[:, self._tp_rank]
-        layout = layout_on(shape, alone, [Replicate(), self._of_sharers])
-        return Layout(layout.shape, layout.blocks, layout.ranks, block_of=self.entry.shape)
-
-    @property
-    def _tp_rank(self) -> int:
-        return self.parallel.rank("etp" if self.entry.is_expert else "tp")
-
-    @property
-    def _of_sharers(self) -> Placement:
-        return Shard(0) if self.sharded else Replicate()
-
-    @property
-    def _ranks(self) -> Tensor:
-        """All who hold some of it. Shapes: [stages, tensor-parallel ranks, sharers]."""
-        parallel = self.parallel
-        stages = [parallel.rank("pp")]
-        if self.table.tied and self.entry.rows[0].hf_name == EMBEDDING:
-            stages = sorted({0, parallel.size("pp") - 1})
-        if self.entry.is_expert:
-            ranks = parallel.expert_mesh.mesh[stages][:, :, parallel.rank("ep")]
-        else:
-            ranks = parallel.mesh.mesh[stages].flatten(1, 2)
-        return ranks.transpose(1, 2)
-
-
-def _master(parameter: nn.Parameter, place: _Place, *, blockwise: bool) -> Master:
-    layout, (offset, shape) = place.layout(), place.local_box()
+def _master(
+    parameter: nn.Parameter, place: Place, parallel: Parallel, *, blockwise: bool
+) -> Master:
+    tp_rank = parallel.rank("etp" if place.entry.is_expert else "tp")
+    layout, (offset, _) = place.layout(), place.local_box(tp_rank)
     block = layout.held_by(dist.get_rank())
     start = block.offset[0] - offset[0] if block else 0
     rows = slice(start, start + block.shape[0] if block else 0)
-    sharers = place.sharers()
+    sharers = _sharers(place)
     # One's own rows are kept apart, and so is what the model has in a smaller type.
     own = parameter.detach()[rows].to(torch.float32, copy=sharers is not None)
     return Master(
@@ -174,9 +118,20 @@ def _master(parameter: nn.Parameter, place: _Place, *, blockwise: bool) -> Maste
         weight=nn.Parameter(own, requires_grad=parameter.requires_grad),
         rows=rows,
         offset=block.offset if block else place.entry.shape,
-        layout=place.layout_of_block() if blockwise and len(shape) == 2 else layout,
+        layout=place.optimized(tp_rank, blockwise=blockwise),
         sharers=sharers,
     )
+
+
+def _sharers(place: Place) -> dist.ProcessGroup | None:
+    from megatron.core import parallel_state as ps
+
+    group = (
+        ps.get_expert_data_parallel_group()
+        if place.entry.is_expert
+        else ps.get_data_parallel_group(with_context_parallel=True)
+    )
+    return group if place.sharded and group.size() > 1 else None
 
 
 def _buckets(masters: Iterable[Master]) -> Iterator[tuple[dist.ProcessGroup, list[Master]]]:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_like.backends.megatron.cpu import mcore_on_cpu
+from nemo_like.backends.megatron.places import Grid, check_divisible
 from nemo_like.config.megatron import MegatronConfig
-from nemo_like.errors import ConfigError
 
 DENSE = ("pp", "dp", "cp", "tp")
 EXPERT = ("pp", "edp", "ep", "etp")
@@ -52,6 +52,11 @@ class Parallel:
     def expert_stage_mesh(self) -> DeviceMesh:
         """The ranks of this pipeline stage as (edp, ep, etp)."""
         return self.expert_mesh[EXPERT[1:]]
+
+    @property
+    def grid(self) -> Grid:
+        """Who is where, as plain numbers."""
+        return Grid(self.mesh.mesh, self.expert_mesh.mesh)
 
     @property
     def is_first_stage(self) -> bool:
@@ -116,24 +121,3 @@ def initialize(config: MegatronConfig, device: torch.device, *, seed: int = 0) -
         return DeviceMesh.from_group(own, device.type, ranks, mesh_dim_names=dims)
 
     return Parallel(mesh(DENSE), mesh(EXPERT), device, undo)
-
-
-def check_divisible(config: MegatronConfig, world: int) -> None:
-    """Refuse a number of ranks that the parallel sizes do not divide."""
-    for names in (
-        ("pipeline_model_parallel_size", "context_parallel_size", "tensor_model_parallel_size"),
-        (
-            "pipeline_model_parallel_size",
-            "expert_model_parallel_size",
-            "expert_tensor_parallel_size",
-        ),
-    ):
-        product = 1
-        for name in names:
-            product *= getattr(config, name)
-        if world % product:
-            parts = " x ".join(f"policy.megatron_cfg.{n}={getattr(config, n)}" for n in names)
-            raise ConfigError(
-                f"{world} ranks can not be divided into {parts}; expected a multiple of {product}: "
-                "change one of these, or cluster.num_nodes and cluster.gpus_per_node"
-            )

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from nemo_like.backends.megatron.architecture import inverse_frequencies, refuse_unsupported
-from nemo_like.backends.megatron.parallel import check_divisible
+from nemo_like.backends.megatron.places import check_divisible
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
 

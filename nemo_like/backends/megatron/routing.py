@@ -1,0 +1,54 @@
+"""What the optimizer is told of megatron-core's parameters: their names, and what is packed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from nemo_like.backends.megatron.convert import WeightTable
+from nemo_like.config.megatron import MegatronConfig
+from nemo_like.errors import ConfigError
+from nemo_like.optim.views import AttentionShape, attention_shape
+
+
+def all_names(
+    table: WeightTable, weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by their own names, and by those of what they are made of."""
+    for name, weight in weights:
+        for known in (name, *table.hf_names(name)):
+            yield known, weight
+
+
+def packed_attention(
+    hf_config: Any, config: MegatronConfig, *, blockwise: bool = False
+) -> AttentionShape:
+    """The order of rows in packed matrices: in whole ones, or in the blocks of one rank."""
+    shape = attention_shape(hf_config)
+    assert shape is not None, "every family has attention"
+    tp = config.tensor_model_parallel_size
+    return replace(
+        shape,
+        num_heads=shape.num_heads // tp if blockwise else shape.num_heads,
+        num_kv_heads=shape.num_kv_heads // tp if blockwise else shape.num_kv_heads,
+        gate_up_groups=1 if blockwise else tp,
+        expert_gate_up_groups=1 if blockwise else config.expert_tensor_parallel_size,
+    )
+
+
+def refuse_halves(table: WeightTable, patterns: Sequence[str]) -> None:
+    """Refuse a pattern that names a part of what megatron-core keeps in one matrix."""
+    for name in table.entries:
+        parts = table.hf_names(name)
+        for pattern in patterns:
+            found = [part for part in parts if re.search(pattern, part)]
+            if found and len(found) < len(parts) and not re.search(pattern, name):
+                rest = ", ".join(part for part in parts if part not in found)
+                raise ConfigError(
+                    f"muon_include and muon_exclude: {pattern!r} matches {found[0]}, which the "
+                    f"Megatron backend keeps in one matrix with {rest}; name all of them or none"
+                )
