@@ -23,12 +23,16 @@ class ParallelAxis:
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """How many ranks share a matrix, a sequence, the layers; and copies of the sharded model."""
+    """How many ranks share a matrix, a sequence, the layers; and copies of the sharded model.
+
+    `experts` share one set of experts in a pipeline stage, if they have ranks of their own.
+    """
 
     tensor: ParallelAxis
     context: ParallelAxis
     pipeline: ParallelAxis
     replicate: ParallelAxis
+    experts: ParallelAxis | None = None
 
     @classmethod
     def of_dtensor(cls, config: DTensorConfig) -> ParallelSizes:
@@ -213,6 +217,12 @@ def _check_sizes(
         raise ConfigError(
             f"{sizes.tensor.key}={sizes.tensor.size} must divide {per_node_key}={per_node}, "
             "because tensor-parallel ranks stay on one machine"
+        )
+    experts = sizes.experts
+    if experts and world % (experts.size * sizes.pipeline.size):
+        raise ConfigError(
+            f"{experts.key} = {experts.size} ranks for each of {sizes.pipeline.size} pipeline "
+            f"stage(s) must divide the workers, but {has}"
         )
     num_data_parallel = world // model
     if num_data_parallel % sizes.replicate.size:

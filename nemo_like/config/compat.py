@@ -19,6 +19,7 @@ _LORA = "LoRA is not built: all weights are trained"
 _MTP = "multi-token prediction is not built"
 _FP8 = "FP8 training is not built"
 _OFFLOAD_ACTIVATIONS = "activations are recomputed, not moved: use activation_checkpointing"
+_STATE = "optimizer state stays where it is"
 _TEXT_ONLY = "rollouts are text"
 _PENALTIES = "write what you want to reward as a function: env.custom.reward"
 _RETENTION = "use checkpointing.save_period and keep_top_k; the latest is always kept"
@@ -30,7 +31,7 @@ ABSENT: dict[str, str] = {
     "checkpointing.model_cache_dir": "the cache of models is Hugging Face's: set HF_HOME",
     "checkpointing.model_repo_id": "checkpoints are local; upload the hf/ folder of one",
     "checkpointing.is_peft": _LORA,
-    "policy.offload_optimizer_for_logprob": "optimizer state stays where it is",
+    "policy.offload_optimizer_for_logprob": _STATE,
     "policy.draft": "draft models are not trained",
     "policy.tokenizer.use_fastokens": "the tokenizer is transformers' fast one",
     "policy.sequence_packing.fuse_loss": "the loss is computed in chunks instead",
@@ -56,8 +57,8 @@ ABSENT: dict[str, str] = {
     f"{_MEGATRON}.mtp_detach_heads": _MTP,
     f"{_MEGATRON}.use_fused_weighted_squared_relu": "no supported model has this activation",
     f"{_MEGATRON}.distributed_data_parallel_config.use_custom_fsdp": "FSDP is policy.dtensor_cfg",
-    f"{_MEGATRON}.optimizer.optimizer_offload_fraction": "use optimizer_cpu_offload, whole or not",
-    f"{_MEGATRON}.optimizer.overlap_cpu_optimizer_d2h_h2d": "use optimizer_cpu_offload",
+    f"{_MEGATRON}.optimizer.optimizer_offload_fraction": _STATE,
+    f"{_MEGATRON}.optimizer.overlap_cpu_optimizer_d2h_h2d": _STATE,
     "data.use_multiple_dataloader": "several sources are mixed by their weight",
     "logger.swanlab_enabled": "sinks are the console, JSONL, TensorBoard, W&B and MLflow",
     "cluster.segment_size": "ranks are placed node by node",

@@ -14,6 +14,23 @@ from nemo_like.config.optimizer import OptimizerConfig, SchedulerConfig
 
 N = TypeVar("N", bound=Node)
 
+_TE = "the fused kernel is TransformerEngine's, which is not used here"
+NOT_HERE: dict[str, str] = {
+    "apply_rope_fusion": _TE,
+    "moe_permute_fusion": _TE,
+    "gradient_accumulation_fusion": "the fused kernel is apex's, which is not used here",
+    "moe_shared_expert_overlap": "none of the supported models has shared experts",
+    "moe_router_bias_update_rate": "the bias needs routers with sigmoid scores, which none of the "
+    "supported models has",
+    "optimizer.use_precision_aware_optimizer": "masters and optimizer state are fp32",
+    "optimizer.optimizer_cpu_offload": "masters and optimizer state are on the device that trains",
+    "distributed_data_parallel_config.overlap_param_gather": "weights are gathered right after the "
+    "step, not during the forward pass",
+}
+"""Keys that must not be on, below `policy.megatron_cfg`, and why."""
+OVERRIDABLE = ("moe_aux_loss_coeff",)
+"""Fields of TransformerConfig that are neither the model's nor this backend's to decide."""
+
 
 def _annotation(field: FieldInfo) -> Any:
     """The type of a field with its limits."""
@@ -53,11 +70,12 @@ class MegatronOptimizerConfig(Node):
     clip_grad: NonNegativeFloat | None = None
     """Gradients are scaled down to this norm; null is `policy.max_grad_norm`, 0 does not clip."""
     use_distributed_optimizer: bool | None = None
-    """Shard optimizer state over data-parallel ranks; null is yes, except for Muon."""
+    """Share out masters and state over data-parallel ranks; null is yes, but for Muon: `muon`
+    does not, `dist_muon` does."""
     use_precision_aware_optimizer: bool | None = None
-    """Optimizer state in lower precision; null is no."""
+    """Optimizer state in lower precision; only null and false here."""
     optimizer_cpu_offload: bool | None = None
-    """Optimizer state in host memory; null is no."""
+    """Optimizer state in host memory; only null and false here."""
 
 
 @inheriting(SchedulerConfig)
@@ -73,7 +91,7 @@ class MegatronDDPConfig(Node):
     overlap_grad_reduce: bool | None = None
     """Reduce while the backward pass goes on; null is yes where there is more than one rank."""
     overlap_param_gather: bool | None = None
-    """Gather weights during the forward pass; null is with the distributed optimizer only."""
+    """Gather weights during the forward pass; only null and false here."""
 
 
 class MegatronConfig(Node):
@@ -98,12 +116,12 @@ class MegatronConfig(Node):
     sequence_parallel: bool = False
     """Under tensor parallelism: keep activations between blocks sharded along the sequence."""
     pipeline_dtype: Literal["bfloat16", "float32"] | None = None
-    """Type of activations between stages; null is `policy.precision`."""
+    """Type of activations between stages; null is `policy.precision`, which it must agree with."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     recompute_granularity: Literal["full", "selective"] = "full"
     """Under `activation_checkpointing`: whole layers, or `recompute_modules` only."""
-    recompute_modules: tuple[str, ...] | None = None
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] | None = None
     """Under `recompute_granularity=selective`: parts to recompute; null is core attention."""
     freeze_moe_router: bool = False
     """Do not train the routers."""
@@ -112,23 +130,23 @@ class MegatronConfig(Node):
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "sinkhorn", "none"] = "none"
     """Loss that evens out the experts' load."""
     moe_router_bias_update_rate: NonNegativeFloat = 0.0
-    """Step of the load-balancing bias; 0 leaves it."""
+    """Step of the load-balancing bias; only 0 here."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts."""
     moe_permute_fusion: bool = False
-    """Fused kernel that sorts tokens by expert."""
+    """Fused kernel that sorts tokens by expert; only false here."""
     moe_shared_expert_overlap: bool = False
-    """Compute shared experts while tokens travel."""
+    """Compute shared experts while tokens travel; only false here."""
     apply_rope_fusion: bool = False
-    """Fused kernel for rotary embeddings."""
+    """Fused kernel for rotary embeddings; only false here."""
     bias_activation_fusion: bool = True
     """Fused kernel for bias and activation."""
     gradient_accumulation_fusion: bool = False
-    """Fused kernel that adds weight gradients in place."""
+    """Fused kernel that adds weight gradients in place; only false here."""
     empty_unused_memory_level: Annotated[int, Field(ge=0, le=2)] = 1
     """Give cached GPU memory back: 0 never, 1 after the backward pass, 2 also after the step."""
     model_overrides: dict[str, Any] = Field(default_factory=dict)
-    """Fields of megatron-core's TransformerConfig to replace."""
+    """Fields of megatron-core's TransformerConfig to replace: `moe_aux_loss_coeff` alone."""
     env_vars: EnvVars = Field(default_factory=dict)
     """Environment variables of the workers."""
     distributed_data_parallel_config: MegatronDDPConfig = MegatronDDPConfig()
@@ -181,17 +199,37 @@ class MegatronConfig(Node):
         for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
             if getattr(self, name) is not None and pp == 1:
                 yield Conflict((name, "pipeline_model_parallel_size"), "there is only one stage")
-        if self.recompute_modules is not None and self.recompute_granularity != "selective":
+        yield from self._recompute_conflicts()
+        yield from self._absent()
+
+    def _recompute_conflicts(self) -> Iterator[Conflict]:
+        if self.recompute_modules is None:
+            return
+        if self.recompute_granularity != "selective":
             yield Conflict(
                 ("recompute_modules", "recompute_granularity"),
                 "modules are chosen under recompute_granularity=selective only",
             )
+        if not self.activation_checkpointing:
+            yield Conflict(
+                ("recompute_modules", "activation_checkpointing"),
+                "nothing is recomputed without activation_checkpointing=true",
+            )
 
-
-MUON_NEEDS: dict[str, str] = {
-    "use_distributed_optimizer": "Muon shares out whole matrices over the data-parallel ranks "
-    "by itself, and can not orthogonalise a shard of one",
-    "use_precision_aware_optimizer": "Muon's momentum is fp32",
-    "optimizer_cpu_offload": "Muon's momentum stays where the gradients are",
-}
-"""Keys of `policy.megatron_cfg.optimizer` that must not be true under Muon, and why."""
+    def _absent(self) -> Iterator[Conflict]:
+        for key, reason in NOT_HERE.items():
+            block, _, name = key.rpartition(".")
+            if getattr(getattr(self, block) if block else self, name):
+                yield Conflict((key,), f"absent on purpose: {reason}; leave it out")
+        for name in self.model_overrides:
+            if name not in OVERRIDABLE:
+                yield Conflict(
+                    (f"model_overrides.{name}",),
+                    f"not a field that can be replaced; those are {', '.join(OVERRIDABLE)}. The "
+                    "model's shape is policy.hf_config_overrides",
+                )
+        balancing = "moe_router_load_balancing_type"
+        if self.model_overrides.keys() & OVERRIDABLE and getattr(self, balancing) == "none":
+            yield Conflict(
+                ("model_overrides", balancing), "a coefficient of a loss that there is not"
+            )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from nemo_like.config.base import Conflict, EnvVars, Node, Positive, PositiveFloat
-from nemo_like.config.megatron import MUON_NEEDS, MegatronConfig
+from nemo_like.config.megatron import MegatronConfig
 from nemo_like.config.optimizer import NO_WARM_UP, OptimizerConfig, SchedulerConfig
 
 Precision = Literal["bfloat16", "float32"]
@@ -294,27 +294,20 @@ class PolicyConfig(Node):
             )
 
     def _megatron_conflicts(self) -> Iterator[Conflict]:
-        own, ddp = self.megatron_cfg.optimizer, self.megatron_cfg.distributed_data_parallel_config
-        name = self.key_of("optimizer", "optimizer")
-        if self.active_optimizer.is_muon:
-            for key, reason in MUON_NEEDS.items():
-                if getattr(own, key):
-                    yield Conflict(
-                        (f"megatron_cfg.optimizer.{key}", name),
-                        f"{reason}: set {key}=false",
-                    )
-            if ddp.overlap_param_gather:
-                yield Conflict(
-                    ("megatron_cfg.distributed_data_parallel_config.overlap_param_gather", name),
-                    "Muon sends its weights when all are made: set overlap_param_gather=false",
-                )
-        elif own.use_distributed_optimizer is False and ddp.overlap_param_gather:
+        own = self.megatron_cfg.optimizer
+        if self.active_optimizer.is_muon and own.use_distributed_optimizer:
             yield Conflict(
                 (
-                    "megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
                     "megatron_cfg.optimizer.use_distributed_optimizer",
+                    self.key_of("optimizer", "optimizer"),
                 ),
-                "only the distributed optimizer gathers weights",
+                "that is for AdamW: `muon` keeps all masters on every data-parallel rank, "
+                "`dist_muon` shares them out by itself; set use_distributed_optimizer=false",
+            )
+        if self.megatron_cfg.pipeline_dtype not in (None, self.precision):
+            yield Conflict(
+                ("megatron_cfg.pipeline_dtype", "precision"),
+                "stages exchange what they compute in: leave pipeline_dtype out",
             )
         if own.bf16 is not None and own.bf16 != (self.precision == "bfloat16"):
             yield Conflict(

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -91,7 +92,8 @@ class RunConsole:
         rich_table = RichTable(title=_text(table.title), box=box.SIMPLE_HEAD, title_justify="left")
         for index, column in enumerate(table.columns):
             to_the_right = all(is_number(row[index]) for row in table.rows)
-            rich_table.add_column(_text(column), justify="right" if to_the_right else "left")
+            side: Literal["left", "right"] = "right" if to_the_right else "left"
+            rich_table.add_column(_text(column), justify=side, overflow="fold")
         for row in table.rows:
             rich_table.add_row(*map(_text, row))
         self._console.print(rich_table)

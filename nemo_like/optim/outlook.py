@@ -99,4 +99,5 @@ def _work(config: OptimizerConfig, plans: Sequence[Plan]) -> dict[str, str]:
 
 
 def _span(low: float, high: float) -> str:
-    return " to ".join(dict.fromkeys((f"{low:.2g}", f"{high:.2g}")))
+    texts = (f"{x:,.0f}" if x >= 100 else f"{x:.2g}" for x in (low, high))
+    return " to ".join(dict.fromkeys(texts))

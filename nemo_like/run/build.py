@@ -52,16 +52,11 @@ class EngineFactory:
 
     def __call__(self) -> Any:
         """An engine without weights yet; the reference engine, where none is asked for."""
-        from nemo_like.assets import model_folder
-        from nemo_like.backends.hf_models import load_hf_config
         from nemo_like.data.tokenizer import load_tokenizer
 
         policy = self.policy
         tokenizer = load_tokenizer(policy.tokenizer, policy.model_name)
-        folder = model_folder(policy.model_name, with_weights=False)
-        config = load_hf_config(
-            folder, policy.hf_config_overrides, backend_key=policy.backend_key
-        ).to_dict()
+        config = hf_config_of(policy).to_dict()
 
         def decode(ids: Sequence[int]) -> str:
             return str(tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -101,16 +96,35 @@ class Machines:
     generator: Generator | None
 
 
+def hf_config_of(policy: PolicyConfig) -> Any:
+    """The configuration of the policy's model, as `transformers` reads it; needs no weights.
+
+    Raises:
+        ConfigError: there is none, or the active backend does not train it.
+    """
+    from nemo_like.assets import model_folder
+    from nemo_like.backends.hf_models import load_hf_config
+
+    folder = model_folder(policy.model_name, with_weights=False)
+    return load_hf_config(folder, policy.hf_config_overrides, backend_key=policy.backend_key)
+
+
 def policy_factory(policy: PolicyConfig, settings: BackendSettings) -> Any:
-    """What each worker makes its backend from."""
+    """What each worker makes its backend from.
+
+    Raises:
+        ConfigError: the Megatron backend can not train this model so; nothing was started.
+    """
     match policy.backend:
         case DTensorConfig():
             from nemo_like.backends.dtensor.factory import DTensorFactory
 
             return DTensorFactory(policy, settings)
         case MegatronConfig():
+            from nemo_like.backends.megatron.architecture import refuse_unsupported
             from nemo_like.backends.megatron.factory import MegatronFactory
 
+            refuse_unsupported(policy, hf_config_of(policy))
             return MegatronFactory(policy, settings)
 
 
@@ -328,4 +342,8 @@ def parallel_sizes(policy: PolicyConfig) -> ParallelSizes:
                     config.pipeline_model_parallel_size, f"{root}.pipeline_model_parallel_size"
                 ),
                 replicate=ParallelAxis(1, f"{root}.dp_replicate_size"),
+                experts=ParallelAxis(
+                    config.expert_model_parallel_size * config.expert_tensor_parallel_size,
+                    f"{root}.expert_model_parallel_size x {root}.expert_tensor_parallel_size",
+                ),
             )

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from nemo_like.assets import model_folder
 from nemo_like.cluster.placement import Placement, count_local_gpus, place
 from nemo_like.config.command_line import parse
 from nemo_like.config.grpo import GRPOTree
@@ -22,7 +21,7 @@ from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Table, outlook_tables, ownership_table
 from nemo_like.optim.routing import STATE_BYTES, Owner, Routing, embedding_names
 from nemo_like.optim.views import attention_shape
-from nemo_like.run.build import parallel_sizes
+from nemo_like.run.build import hf_config_of, parallel_sizes
 
 
 def dry_run_sft(tree: SFTTree) -> int:
@@ -64,13 +63,10 @@ def _tables_of_backend(policy: PolicyConfig, placement: Placement) -> Iterator[T
 
 
 def _tables_of_megatron(policy: PolicyConfig, placement: Placement) -> Iterator[Table]:
-    from nemo_like.backends.hf_models import load_hf_config
     from nemo_like.backends.megatron.forecast import Forecast, memory_facts
     from nemo_like.optim.outlook import outlook
 
-    folder = model_folder(policy.model_name, with_weights=False)
-    hf_config = load_hf_config(folder, policy.hf_config_overrides, backend_key=policy.backend_key)
-    forecast = Forecast(policy, hf_config, placement.world_size)
+    forecast = Forecast(policy, hf_config_of(policy), placement.world_size)
     yield ownership_table(forecast.owners)
     yield from outlook_tables(outlook(policy.active_optimizer, forecast.routing, forecast.plans))
     yield _memory_table(memory_facts(forecast.memory()))
@@ -84,11 +80,10 @@ def vars_of(row: Owner) -> dict[str, object]:
 def planned_routing(policy: PolicyConfig) -> Routing:
     """The routing that training would use, of a model without memory; needs no weights."""
     from nemo_like.backends.dtensor.model import named_parameters
-    from nemo_like.backends.hf_models import load_hf_config, new_hf_model
+    from nemo_like.backends.hf_models import new_hf_model
     from nemo_like.optim.build import build_optimizer
 
-    folder = model_folder(policy.model_name, with_weights=False)
-    hf_config = load_hf_config(folder, policy.hf_config_overrides, backend_key=policy.backend_key)
+    hf_config = hf_config_of(policy)
     model = new_hf_model(hf_config, device="meta")
     _, routing = build_optimizer(
         named_parameters(model),
@@ -162,11 +157,23 @@ def _run_table(tree: RunTree, placement: Placement, own: dict[str, str]) -> Tabl
         "ranks": f"{placement.world_size} on {device}, {placement.num_nodes} node(s)",
         "layout": f"data {placement.num_data_parallel} (copies {sizes.replicate.size}) x pipeline "
         f"{sizes.pipeline.size} x context {sizes.context.size} x tensor {sizes.tensor.size}",
+        **_expert_facts(policy, placement),
         "sequences of a rank and batch": str(per_rank),
         "checkpoints": tree.checkpointing.checkpoint_dir if tree.checkpointing.enabled else "none",
         "logs": tree.logger.log_dir,
     }
     return Table("What would be done", ("", ""), tuple(facts.items()))
+
+
+def _expert_facts(policy: PolicyConfig, placement: Placement) -> dict[str, str]:
+    """The grid of experts, where they have ranks of their own."""
+    config = policy.megatron_cfg
+    ep, etp = config.expert_model_parallel_size, config.expert_tensor_parallel_size
+    pp = config.pipeline_model_parallel_size
+    if not config.enabled or ep * etp == 1:
+        return {}
+    data = placement.world_size // (pp * ep * etp)
+    return {"layout of experts": f"data {data} x pipeline {pp} x expert {ep} x tensor {etp}"}
 
 
 def _memory_of_dtensor(

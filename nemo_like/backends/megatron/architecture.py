@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_like.backends.megatron.convert import WeightTable
+from nemo_like.backends.megatron.convert import WeightTable, has_experts
 from nemo_like.backends.megatron.places import layers_of_stages
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OVERRIDABLE = ("moe_aux_loss_coeff",)
-"""Fields of TransformerConfig that are neither the model's nor this backend's to decide."""
-RECOMPUTABLE = ("core_attn", "mlp", "moe")
 FROM_HF = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -112,38 +109,10 @@ def _model_refusals(hf_config: Any) -> Iterator[tuple[str, str]]:
 
 def _policy_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str, str]]:
     config, block = policy.megatron_cfg, "policy.megatron_cfg."
-    for name, reason in (
-        ("apply_rope_fusion", "the fused kernel is TransformerEngine's, which is not used here"),
-        ("moe_permute_fusion", "the fused kernel is TransformerEngine's, which is not used here"),
-        ("gradient_accumulation_fusion", "the fused kernel is apex's, which is not used here"),
-        ("moe_shared_expert_overlap", "none of the supported models has shared experts"),
-        (
-            "moe_router_bias_update_rate",
-            "the bias needs routers with sigmoid scores",
-        ),
-    ):
-        if getattr(config, name):
-            yield f"{block}{name}", f"found {getattr(config, name)}: {reason}; leave it out"
-    for name in config.model_overrides:
-        if name not in OVERRIDABLE:
-            yield (
-                f"{block}model_overrides.{name}",
-                "not a field that can be replaced; those are "
-                f"{', '.join(OVERRIDABLE)}. The model's shape is policy.hf_config_overrides",
-            )
-    for module in config.recompute_modules or ():
-        if module not in RECOMPUTABLE:
-            yield (
-                f"{block}recompute_modules",
-                f"found {module!r}, expected some of {', '.join(RECOMPUTABLE)}: the others are of "
-                "layers or kernels that are not used here",
-            )
-    if config.pipeline_dtype not in (None, policy.precision):
-        yield (
-            f"{block}pipeline_dtype",
-            f"found {config.pipeline_dtype}: stages exchange what they compute in, "
-            f"policy.precision={policy.precision}",
-        )
+    kinds = {has_experts(hf_config, i) for i in range(hf_config.num_hidden_layers)}
+    for module, is_expert in (("moe", True), ("mlp", False)):
+        if module in (config.recompute_modules or ()) and is_expert not in kinds:
+            yield f"{block}recompute_modules", f"the model has no layer with {module!r}"
     yield from _layout_refusals(policy, hf_config)
     if hf_config.model_type == "qwen3_moe":
         yield from _moe_refusals(policy, hf_config)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -72,7 +73,7 @@ class Forecast:
             list(all_names(self.table, masters.items())),
             self._optimizer,
             attention=self._attention,
-            layout=lambda master: self._layout(by_id[id(master)]),
+            layout=lambda master: self.layout(by_id[id(master)]),
         )
 
     @cached_property
@@ -81,7 +82,7 @@ class Forecast:
         shared: dict[tuple[int, ...], tuple[list[Layout], list[View]]] = {}
         for row in self.routing.rows:
             for tp_rank in self._blocks(row.name) if row.optimizer == "muon" else ():
-                layout = self._layout(row.name, tp_rank)
+                layout = self.layout(row.name, tp_rank)
                 layouts, views = shared.setdefault(layout.ranks, ([], []))
                 layouts.append(layout)
                 views.append(row.view)
@@ -93,7 +94,7 @@ class Forecast:
         """The rows of `routing`, named by what each parameter is made of too."""
         return [
             {
-                "name": f"{row.name} = {', '.join(self.table.hf_names(row.name))}",
+                "name": f"{row.name} = {_together(self.table.hf_names(row.name))}",
                 "shape": self.table.entries[row.name].shape,
                 "optimizer": row.optimizer,
                 "reason": row.reason,
@@ -113,7 +114,7 @@ class Forecast:
             local = math.prod(place.local_box(0)[1])
             held[0, ranks] += local
             held[1, ranks] += local if name in own else 0
-            for block in self._layout(name, whole=True).blocks:
+            for block in self.layout(name, whole=True).blocks:
                 holders = list(block.holders)
                 held[2, holders] += block.numel
                 held[3, holders] += block.numel * own.get(name, 0)
@@ -159,7 +160,11 @@ class Forecast:
         is_cut = self._blockwise and len(self.table.entries[name].shape) == 2
         return range(self._place(name).ranks.shape[1] if is_cut else 1)
 
-    def _layout(self, name: str, tp_rank: int = 0, *, whole: bool = False) -> Layout:
+    def layout(self, name: str, tp_rank: int = 0, *, whole: bool = False) -> Layout:
+        """Who holds which block of a parameter, as the optimizer of a tensor-parallel rank sees it.
+
+        With `whole` a block is never taken for a matrix of its own.
+        """
         place, entry = self._place(name), self.table.entries[name]
         # The layers of a stage are alike, and so are the experts of a rank.
         at = (place.stage, place.ep_rank, name.startswith("embedding."))
@@ -168,6 +173,16 @@ class Forecast:
             blockwise = self._blockwise and not whole
             self._layouts[key] = place.optimized(tp_rank, blockwise=blockwise)
         return self._layouts[key]
+
+
+def _together(names: Sequence[str]) -> str:
+    """Names that begin and end alike in one, as in `a.{q,k,v}_proj`."""
+    if len(names) == 1:
+        return names[0]
+    start = os.path.commonprefix(names)
+    end = os.path.commonprefix([name[len(start) :][::-1] for name in names])[::-1]
+    middles = (name[len(start) : len(name) - len(end)] for name in names)
+    return f"{start}{{{','.join(middles)}}}{end}"
 
 
 def memory_facts(memory: Memory) -> Mapping[str, float]:

@@ -112,27 +112,29 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("policy.dtensor_cfg.enabled=false",),
         ("policy.dtensor_cfg.enabled", f"{MG}.enabled"),
     ),
-    **{
-        f"muon and {key}": (
-            (*MEGATRON, "policy.optimizer.optimizer=muon", f"{MG}.optimizer.{key}=true"),
-            ("policy.optimizer.optimizer", f"{MG}.optimizer.{key}"),
-        )
-        for key in (
-            "use_distributed_optimizer",
-            "use_precision_aware_optimizer",
-            "optimizer_cpu_offload",
-        )
-    },
-    "dist_muon and overlap_param_gather": (
+    "muon and use_distributed_optimizer": (
         (
             *MEGATRON,
-            f"{MG}.optimizer.optimizer=dist_muon",
-            f"{MG}.distributed_data_parallel_config.overlap_param_gather=true",
+            "policy.optimizer.optimizer=muon",
+            f"{MG}.optimizer.use_distributed_optimizer=true",
         ),
+        ("policy.optimizer.optimizer", f"{MG}.optimizer.use_distributed_optimizer"),
+    ),
+    "modules without recomputation": (
         (
-            f"{MG}.optimizer.optimizer",
-            f"{MG}.distributed_data_parallel_config.overlap_param_gather",
+            *MEGATRON,
+            f"{MG}.recompute_granularity=selective",
+            f"{MG}.recompute_modules=[mlp]",
         ),
+        (f"{MG}.recompute_modules", f"{MG}.activation_checkpointing"),
+    ),
+    "another type between stages": (
+        (*MEGATRON, f"{MG}.pipeline_dtype=bfloat16"),
+        (f"{MG}.pipeline_dtype", "policy.precision"),
+    ),
+    "a coefficient without its loss": (
+        (*MEGATRON, f"{MG}.model_overrides={{moe_aux_loss_coeff: 0.1}}"),
+        (f"{MG}.model_overrides", f"{MG}.moe_router_load_balancing_type"),
     ),
     "steps of a schedule": (
         ("policy.optimizer.muon_num_ns_steps=6",),

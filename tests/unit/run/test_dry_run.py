@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from nemo_like.config.command_line import parse
 from nemo_like.config.grpo import GRPOTree
-from nemo_like.run.dry_run import dry_run_grpo
+from nemo_like.config.sft import SFTTree
+from nemo_like.run.dry_run import dry_run_grpo, dry_run_sft
 
 ROOT = Path(__file__).parents[3]
 MEGATRON = ("policy.megatron_cfg.enabled=true", "policy.dtensor_cfg.enabled=false")
 
 
 def told(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
-    """Exit code and words of a dry run; the Megatron backend needs no model to be made."""
+    """Exit code and words of a dry run on the Megatron backend, which is told of no weights."""
     default = Path("configs/grpo_math.yaml")
     code = dry_run_grpo(parse([*argv, *MEGATRON], tree=GRPOTree, default_config=default).tree)
     return code, " ".join(capsys.readouterr().out.split())
@@ -30,6 +32,53 @@ def test_a_recipe_for_128_gpus_is_planned_on_any_machine(capsys):
     assert "algorithm DAPO" in text
     assert "512 prompts x 16 samples, for 16 update(s)" in text
     assert "128 on GPU, 16 node(s)" in text
+
+
+def test_owners_and_work_are_those_of_the_megatron_backend(capsys):
+    muon = "policy.megatron_cfg.optimizer.optimizer=dist_muon"
+    code, text = told(capsys, "--config", "recipes/llm/dapo-qwen2.5-7b.yaml", muon)
+    assert code == 0
+    # Two stages of 64 ranks; of 28 layers four packed matrices each.
+    assert "112 matrices" in text and "128 ranks with 0 to 1 matrices each" in text
+    assert "q, k and v apart" in text and "gate and up apart" in text
+    assert "fp32 masters" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("policy.megatron_cfg.tensor_model_parallel_size=8", "num_attention_heads=28"),
+        ("policy.megatron_cfg.pipeline_model_parallel_size=8", "28 layers can not be shared"),
+        ("policy.hf_config_overrides.hidden_act=gelu", "the Megatron backend only 'silu'"),
+        ("policy.megatron_cfg.expert_model_parallel_size=2", "qwen2 has no experts"),
+    ],
+)
+def test_what_the_model_does_not_allow_is_refused(capsys, override, message):
+    code, text = told(capsys, "--config", "recipes/llm/dapo-qwen2.5-7b.yaml", override)
+    assert code == 2
+    assert message in text
+
+
+@pytest.mark.slow
+def test_235_billion_weights_are_planned_on_128_ranks(capsys):
+    default = Path("configs/sft_openmathinstruct2_megatron.yaml")
+    block = "policy.megatron_cfg"
+    argv = [
+        "policy.model_name=Qwen/Qwen3-235B-A22B",
+        *("cluster.num_nodes=16", "cluster.gpus_per_node=8"),
+        *(f"{block}.optimizer.optimizer=dist_muon", f"{block}.sequence_parallel=true"),
+        f"{block}.tensor_model_parallel_size=8",
+        f"{block}.pipeline_model_parallel_size=8",
+        f"{block}.expert_model_parallel_size=8",
+        f"{block}.num_layers_in_first_pipeline_stage=11",
+        f"{block}.num_layers_in_last_pipeline_stage=11",
+    ]
+    began = time.process_time()
+    assert dry_run_sft(parse(argv, tree=SFTTree, default_config=default).tree) == 0
+    assert time.process_time() - began < 60
+    text = " ".join(capsys.readouterr().out.split())
+    assert "data 2 x pipeline 8 x expert 8 x tensor 1" in text
+    assert "24,252 matrices" in text
 
 
 def test_the_weights_that_a_run_begins_with_are_named(capsys):

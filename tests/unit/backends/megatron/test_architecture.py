@@ -27,15 +27,8 @@ def policy_of(**keys):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"apply_rope_fusion": True}, "apply_rope_fusion: found True"),
-        ({"moe_permute_fusion": True}, "moe_permute_fusion: found True"),
-        ({"gradient_accumulation_fusion": True}, "gradient_accumulation_fusion: found True"),
-        ({"moe_router_bias_update_rate": 1e-3}, "moe_router_bias_update_rate.*sigmoid"),
-        ({"moe_shared_expert_overlap": True}, "moe_shared_expert_overlap.*shared experts"),
-        ({"model_overrides": {"num_layers": 3}}, "model_overrides.num_layers.*hf_config_overrides"),
-        ({"recompute_granularity": "selective", "recompute_modules": ("layernorm",)},
-         "recompute_modules: found 'layernorm', expected some of core_attn, mlp, moe"),
-        ({"pipeline_dtype": "bfloat16"}, "pipeline_dtype: found bfloat16.*float32"),
+        ({"activation_checkpointing": True, "recompute_granularity": "selective",
+          "recompute_modules": ("moe",)}, "recompute_modules: the model has no layer with 'moe'"),
         ({"tensor_model_parallel_size": 8}, "tensor_model_parallel_size: 8.*num_attention_heads=4"),
         ({"pipeline_model_parallel_size": 3}, "4 layers can not be shared by 3 stages"),
         ({"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 4},
@@ -91,6 +84,16 @@ def test_groups_of_heads_may_be_split_by_a_multiple_of_their_number_alone():
         refuse_unsupported(policy_of(tensor_model_parallel_size=4), config)
 
 
+def test_blocks_of_less_than_a_key_head_are_not_cut_apart():
+    own = {"optimizer": "muon", "muon_tp_mode": "blockwise"}
+    config = transformers.LlamaConfig(**SHAPE)
+    keys = {"tensor_model_parallel_size": 4, "optimizer": own}
+    with pytest.raises(ConfigError, match="muon_split_qkv=false"):
+        refuse_unsupported(policy_of(**keys), config)
+    own["muon_split_qkv"] = False
+    refuse_unsupported(policy_of(**keys), config)
+
+
 @pytest.mark.parametrize(
     "rope",
     [
@@ -110,7 +113,7 @@ def test_rotary_frequencies_are_those_of_transformers(rope):
 def test_another_rotary_embedding_is_refused():
     rope = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}
     with pytest.raises(ConfigError, match="yarn.*default, linear and llama3"):
-        inverse_frequencies(transformers.LlamaConfig(**SHAPE, rope_parameters=rope))
+        refuse_unsupported(policy_of(), transformers.LlamaConfig(**SHAPE, rope_parameters=rope))
 
 
 @pytest.mark.parametrize(
