@@ -128,6 +128,63 @@ def test_experts_are_shared_out_anew_when_a_run_goes_on(
         assert found[key] == pytest.approx(expected[key][4:], abs=1e-6)
 
 
+def compare_with_forecast(folder, megatron, optimizer, precision):
+    """What this rank holds, in bytes, if all of it is laid out as was said without any process."""
+    import torch.distributed as dist
+
+    from nemo_like.backends.megatron.forecast import Forecast, Memory
+    from nemo_like.backends.settings import BackendSettings
+    from nemo_like.config.policy import PolicyConfig
+    from nemo_like.run.build import hf_config_of, policy_factory
+
+    policy = PolicyConfig(
+        model_name=folder, init="random", precision=precision, optimizer=optimizer,
+        dtensor_cfg={"enabled": False}, megatron_cfg={"enabled": True} | megatron,
+    )  # fmt: skip
+    backend = policy_factory(policy, BackendSettings(seed=0))()
+    forecast = Forecast(policy, hf_config_of(policy), dist.get_world_size())
+    rows = {row.name: row for row in forecast.routing.rows}
+    for row in backend.routing.rows:
+        if row.name in rows:  # a tied pipeline's last stage has the embedding under another name
+            assert row == rows[row.name]
+    masters = backend.masters.weights()
+    for name, master in masters.items():
+        tp_rank = backend.parallel.rank("etp" if ".experts." in name else "tp")
+        assert backend.masters.layout(master) == forecast.layout(name, tp_rank), name
+    planned = {(plan.ranks, len(plan.matrices)) for plan in forecast.plans}
+    assert {(m.plan.ranks, len(m.plan.matrices)) for m in backend.optimizer.muons} <= planned
+    parameters = list(backend.model.module.parameters())
+    apart = {p.data_ptr() for p in parameters}
+    state = backend.optimizer.state_tree()["state"].values()
+    found = Memory(
+        weights=sum(p.nbytes for p in parameters),
+        gradients=sum(p.main_grad.nbytes for p in parameters),
+        masters=sum(m.nbytes for m in masters.values() if m.data_ptr() not in apart),
+        optimizer_state=sum(t.nbytes for tensors in state for t in tensors.values()),
+    )
+    backend.close()
+    return vars(found), vars(forecast.memory())
+
+
+@pytest.mark.parametrize(
+    ("world", "megatron", "optimizer", "precision"),
+    [
+        (4, {TP: 2, PP: 2}, {}, "float32"),
+        (4, {TP: 2}, {"optimizer": "dist_muon"}, "bfloat16"),
+        (4, {PP: 2, EXPERT: 2}, {"optimizer": "muon"}, "float32"),
+        (2, {TP: 2} | SP, {"optimizer": "muon", "muon_tp_mode": "blockwise"}, "bfloat16"),
+    ],
+)
+def test_ranks_hold_what_was_forecast_without_them(
+    moe, pool, world, megatron, optimizer, precision
+):
+    layout = (SP if TP in megatron else {}) | megatron
+    arguments = (str(moe), layout, optimizer, precision)
+    results = pool(world).run(compare_with_forecast, *arguments, timeout_s=200)
+    fullest = max((held for held, _ in results), key=lambda held: sum(held.values()))
+    assert fullest == results[0][1]
+
+
 def half_a_run(pool, folder, backend, world, options):
     return over_ranks(pool(world).run(train, str(folder), backend, options, timeout_s=200))
 

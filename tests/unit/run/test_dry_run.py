@@ -40,14 +40,13 @@ def test_owners_and_work_are_those_of_the_megatron_backend(capsys):
     assert code == 0
     # Two stages of 64 ranks; of 28 layers four packed matrices each.
     assert "112 matrices" in text and "128 ranks with 0 to 1 matrices each" in text
-    assert "q, k and v apart" in text and "gate and up apart" in text
+    assert "hidden matrix: q, k and v" in text and "hidden matrix: gate and up" in text
     assert "fp32 masters" in text
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("policy.megatron_cfg.tensor_model_parallel_size=8", "num_attention_heads=28"),
         ("policy.megatron_cfg.pipeline_model_parallel_size=8", "28 layers can not be shared"),
         ("policy.hf_config_overrides.hidden_act=gelu", "the Megatron backend only 'silu'"),
         ("policy.megatron_cfg.expert_model_parallel_size=2", "qwen2 has no experts"),
