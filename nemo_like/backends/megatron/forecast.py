@@ -105,27 +105,22 @@ class Forecast:
     def memory(self) -> Memory:
         """What the fullest rank holds of weights and of what goes with them."""
         own = {row.name: STATE_BYTES[row.optimizer] for row in self.routing.rows}
-        world = self._grid.ranks.numel()
-        # Elements of each rank: weights, those that have gradients, masters, bytes of state.
-        held = torch.zeros(4, world, dtype=torch.float64)
-        for name in self._names():
-            place = self._place(name)
-            ranks = place.ranks.flatten()
-            local = math.prod(place.local_box(0)[1])
-            held[0, ranks] += local
-            held[1, ranks] += local if name in own else 0
-            for block in self.layout(name, whole=True).blocks:
-                holders = list(block.holders)
-                held[2, holders] += block.numel
-                held[3, holders] += block.numel * own.get(name, 0)
         dtype = DTYPES[self._policy.precision]
         ddp = self._config.distributed_data_parallel_config
         gradient = torch.float32 if ddp.grad_reduce_in_fp32 else dtype
-        shares = self._policy.shards_optimizer
-        bytes_per = torch.tensor([[dtype.itemsize], [gradient.itemsize], [4], [1]]).double()
-        if dtype is torch.float32 and not shares:
-            bytes_per[2] = 0  # masters are the weights themselves
-        held *= bytes_per
+        # Bytes of each rank: weights, gradients, masters, optimizer state.
+        held = torch.zeros(4, self._grid.ranks.numel(), dtype=torch.float64)
+        for name in self._names():
+            place = self._place(name)
+            ranks, local = place.ranks.flatten(), math.prod(place.local_box(0)[1])
+            held[0, ranks] += local * dtype.itemsize
+            held[1, ranks] += local * gradient.itemsize if name in own else 0
+            # Whole fp32 masters are the weights themselves.
+            is_apart = dtype is not torch.float32 or (place.sharded and place.ranks.shape[-1] > 1)
+            for block in self.layout(name, whole=True).blocks:
+                holders = list(block.holders)
+                held[2, holders] += block.numel * 4 * is_apart
+                held[3, holders] += block.numel * own.get(name, 0)
         return Memory(*held[:, int(held.sum(0).argmax())].tolist())
 
     def _names(self) -> Iterator[str]:
