@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import queue
 import socket
@@ -13,10 +14,20 @@ from typing import Any, TypeVar
 
 from nemo_like.cluster import stacks
 from nemo_like.cluster.failures import Failure, WorkerIdentity
+from nemo_like.cluster.placement import Seat
 
 T = TypeVar("T")
 Factory = Callable[[], Any]
 """Makes a worker's object. Picklable: a frozen dataclass whose `__call__` imports heavy things."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hello:
+    """Who a worker is by now, where it is, and a port that is free there."""
+
+    identity: WorkerIdentity
+    seat: Seat
+    port: int
 
 
 class Worker:
@@ -42,15 +53,17 @@ class Worker:
         os.close(log)
         stacks.listen()
 
-    def hello(self) -> tuple[WorkerIdentity, int]:
-        """Who this is by now, and a port that is free here (rank 0's is used to meet at)."""
+    def hello(self) -> Hello:
+        """Who and where this is; rank 0's port is used to meet at."""
         import ray  # long imported here: this is a Ray worker
 
         node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._identity = dataclasses.replace(self._identity, node=node, pid=os.getpid())
+        machine = str(ray.get_runtime_context().get_node_id())
+        seat = Seat(machine, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return self._identity, probe.getsockname()[1]
+            return Hello(self._identity, seat, probe.getsockname()[1])
 
     def make(self, factory: Factory, env: dict[str, str]) -> Failure | None:
         """Makes the object, with torch.distributed's variables in the environment."""
@@ -64,6 +77,18 @@ class Worker:
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The value of a method of the object, or a `Failure`."""
         return self._guarded(method, lambda: getattr(self._object, method)(*args, **kwargs))
+
+    def empty_cache(self) -> Failure | None:
+        """Gives back what is kept of the GPU's memory without use: others may live there too."""
+
+        def run() -> None:
+            import torch
+
+            if torch.cuda.is_available():
+                gc.collect()
+                torch.cuda.empty_cache()
+
+        return self._guarded("empty_cache", run)
 
     def open_sender(self, transport: Any, num_receivers: int) -> Any:
         """Makes this rank's half of a transport, if it has one; its address."""
@@ -133,7 +158,7 @@ class Worker:
             if self._sender is not None:
                 self._sender.finish()
 
-        return self._guarded("finish_sending", run)
+        return self._guarded("finish_sending", run) or self.empty_cache()
 
     def open_feed(self, method: str, direct: bool, kwargs: dict[str, Any]) -> Failure | None:
         """Starts `method(iterator, ...)` in a thread; the iterator yields what `feed` brings.

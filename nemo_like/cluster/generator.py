@@ -37,6 +37,8 @@ class RemoteGenerator:
         num_engines: How many there are.
         say: Told when an engine is lost, and when another has taken its place.
         transport: A direct one for the weights of a policy in workers; None is the object store.
+        shares_gpus: The engines lie on the policy's GPUs, and have `sleep()`: they are born asleep,
+            `load_weights` wakes them, and `sleep` here gives the policy their memory.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class RemoteGenerator:
         num_engines: int,
         say: Callable[[str], object],
         transport: Transport | None = None,
+        shares_gpus: bool = False,
     ):
         self._start_engine = start_engine
         self._say = say
@@ -55,6 +58,8 @@ class RemoteGenerator:
         self._weights: Shipment | None = None
         self._met: Line | None = None
         self._version = 0
+        self._shares_gpus = shares_gpus
+        self._is_awake = False
         self._closed = threading.Event()
 
     def sync(self, policy: WeightSource) -> None:
@@ -72,6 +77,9 @@ class RemoteGenerator:
             engine.wait_ready()
         self._weights = None
         self._version += 1
+        self._is_awake = self._shares_gpus
+        if self._shares_gpus and isinstance(policy, RemotePolicy):
+            policy.empty_cache()
         line = self._line_from(policy)
         weights = Shipment(
             self._version, policy, tuple(self._engines), line=line, is_met=line == self._met
@@ -136,6 +144,25 @@ class RemoteGenerator:
             )
         return rollouts
 
+    def sleep(self) -> None:
+        """Frees the memory of engines on the policy's GPUs; their weights are gone with it.
+
+        Raises:
+            WorkerError: an engine does not sleep, and was not lost either.
+        """
+        for engine in self._engines:
+            engine.wait_ready()  # until then it has the memory, and measures it
+        if not self._is_awake:
+            return
+        self._weights = None  # so that the next sync sends them, changed or not
+        self._is_awake = False
+        naps = [
+            self._threads.submit(self._put_to_sleep, number) for number in range(len(self._engines))
+        ]
+        wait(naps)
+        for nap in naps:
+            nap.result()
+
     def close(self) -> None:
         """Ends the engines; safe to call twice."""
         self._closed.set()
@@ -147,6 +174,15 @@ class RemoteGenerator:
         if self._transport is None or not isinstance(policy, RemotePolicy):
             return None
         return Line(self._transport, policy, tuple(self._engines))
+
+    def _put_to_sleep(self, number: int) -> None:
+        engine = self._engines[number]
+        try:
+            engine.call_all("sleep")
+        except WorkerError as error:
+            if not engine.is_lost or self._closed.is_set():
+                raise
+            self._replaced(number, error, WorkerGroup.wait_ready)
 
     def _load(self, number: int, weights: Shipment) -> str:
         """The digest of what an engine took: at first, or after one was lost over it."""

@@ -14,7 +14,8 @@ from typing import Any
 from nemo_like.cluster import memory
 from nemo_like.cluster.actors import Factory, Worker
 from nemo_like.cluster.failures import Failure, WorkerIdentity, died, hang_error, to_error
-from nemo_like.cluster.placement import Placement, RankPlace, check_fits, worker_env
+from nemo_like.cluster.placement import Placement, RankPlace, Seat, check_fits, worker_env
+from nemo_like.cluster.reservation import Reservation
 from nemo_like.cluster.runtime import RayCluster
 from nemo_like.errors import NemoLikeError, WorkerError
 from nemo_like.weight_sync.transport import BUCKET_BYTES, Receiver, Transport
@@ -25,15 +26,13 @@ GRACE_S = 1.0
 """How long others may still answer after the first failure: a cause may follow its symptom."""
 START_S = 1800.0
 """How long a start may take at least: a first start downloads and loads a model."""
-RESERVE_S = 60.0
-"""How long to wait for CPUs and GPUs that the cluster has, but that something else uses."""
 CLOSE_S = 10.0
 """How long objects may take to close before their processes are ended."""
 
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """What a group is made from."""
+    """What a group is made from; `machine` is Ray's id of the only one that will do, if any."""
 
     name: str
     placement: Placement
@@ -42,6 +41,7 @@ class GroupConfig:
     timeout_s: float
     env_vars: Mapping[str, str] = field(default_factory=dict)
     bucket_bytes: int = BUCKET_BYTES
+    machine: str | None = None
 
 
 class WorkerGroup:
@@ -57,7 +57,8 @@ class WorkerGroup:
         self._config = config
         self._identities = [self._identity(place) for place in config.placement.ranks]
         self._actors: list[Any] = []
-        self._reservation: Any = None
+        self._reservation: Reservation | None = None
+        self._seats: list[Seat] = []
         self._started: Future[list[Any]] | None = None
         self._ready = False
         self._broken: NemoLikeError | None = None
@@ -100,6 +101,13 @@ class WorkerGroup:
             self._gather(self._started.result(), "start")
             self._ready = True
 
+    def seats(self) -> list[Seat]:
+        """Where each rank has its process; returns when all have one, made their objects or not."""
+        self.start()
+        assert self._started is not None
+        self._started.result()
+        return self._seats
+
     def call_all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """The values of one call on every rank; references among the arguments resolve there."""
         self.wait_ready()
@@ -128,6 +136,10 @@ class WorkerGroup:
             raise self.give_up([0], "transfer") from exc
         except exceptions.RayError as exc:
             raise self._break(to_error([died(self._identities[0], "transfer", str(exc))])) from exc
+
+    def empty_cache(self) -> None:
+        """Every rank gives back what it keeps of its GPU's memory without using it."""
+        self._tell("empty_cache")
 
     def open_senders(self, transport: Transport, *, num_receivers: int) -> Any:
         """Every rank makes its half of a transport, in place of any before; rank 0's address."""
@@ -212,41 +224,26 @@ class WorkerGroup:
         """Starts the processes, lets them meet, and begins to make their objects."""
         ray, placement = self._cluster.ray, self._config.placement
         check_fits(placement, self._cluster.nodes())
-        self._reserve(ray)
+        self._reservation = Reservation(ray, placement, machine=self._config.machine)
+        self._reservation.wait(self._config.name, self._refuse_closing)
         actor_class = ray.remote(Worker)
         env = worker_env(placement, self._config.env_vars)
         self._actors = [
             actor_class.options(
-                num_cpus=placement.worker_resources["CPU"],
-                num_gpus=placement.worker_resources.get("GPU", 0),
-                runtime_env={"env_vars": env},
-                scheduling_strategy=ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
-                    self._reservation, placement_group_bundle_index=place.node
-                ),
+                runtime_env={"env_vars": env}, **self._reservation.options(place)
             ).remote(identity)
             for place, identity in zip(placement.ranks, self._identities, strict=True)
         ]
         hellos = self._gather([actor.hello.remote() for actor in self._actors], "start")
-        self._identities = [identity for identity, _ in hellos]
+        self._identities = [hello.identity for hello in hellos]
+        self._seats = [hello.seat for hello in hellos]
         self._cluster.watch(self._config.name, self._identities)
-        master = ("127.0.0.1" if placement.num_nodes == 1 else hellos[0][0].node, hellos[0][1])
+        first = hellos[0]
+        master = ("127.0.0.1" if placement.num_nodes == 1 else first.identity.node, first.port)
         return [
             actor.make.remote(self._config.factory, self._meeting_env(place, *master))
             for place, actor in zip(placement.ranks, self._actors, strict=True)
         ]
-
-    def _reserve(self, ray: Any) -> None:
-        placement = self._config.placement
-        strategy = "STRICT_SPREAD" if placement.num_nodes > 1 else "STRICT_PACK"
-        self._reservation = ray.util.placement_group(placement.bundles, strategy=strategy)
-        deadline = time.monotonic() + RESERVE_S
-        while not (there := self._reservation.wait(POLL_S)) and time.monotonic() < deadline:
-            self._refuse_closing()
-        if not there:
-            raise WorkerError(
-                f"the {self._config.name} workers waited {RESERVE_S:g} s for {placement.bundles}: "
-                "the Ray cluster has that, but it is in use"
-            )
 
     def _refuse_closing(self) -> None:
         if self._closing.is_set():
@@ -345,5 +342,5 @@ class WorkerGroup:
             ray.kill(actor, no_restart=True)
         self._actors = []
         if self._reservation is not None:
-            ray.util.remove_placement_group(self._reservation)
+            self._reservation.release()
             self._reservation = None

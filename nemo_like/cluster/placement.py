@@ -35,6 +35,12 @@ class ParallelSizes:
     experts: ParallelAxis | None = None
 
     @classmethod
+    def single(cls) -> ParallelSizes:
+        """Nothing is shared."""
+        one = ParallelAxis(1, "")
+        return cls(one, one, one, one)
+
+    @classmethod
     def of_dtensor(cls, config: DTensorConfig) -> ParallelSizes:
         """The sizes of the DTensor backend, which has no pipeline."""
         root = "policy.dtensor_cfg"
@@ -60,13 +66,26 @@ class RankPlace:
 
 
 @dataclass(frozen=True)
+class Seat:
+    """Where a worker is: Ray's id of the machine, and what it has for CUDA_VISIBLE_DEVICES."""
+
+    machine: str
+    gpus: str
+
+
+@dataclass(frozen=True)
 class Placement:
-    """All ranks of a group of workers. Every node holds the same number of them."""
+    """All ranks of a group of workers. Every node holds the same number of them.
+
+    `gpus_per_worker` is what each asks Ray for, if they use GPUs at all: 0 where they use those of
+    another group.
+    """
 
     ranks: tuple[RankPlace, ...]
     num_nodes: int
     uses_gpu: bool
     threads: int = 1
+    gpus_per_worker: int = 1
 
     @property
     def world_size(self) -> int:
@@ -85,13 +104,14 @@ class Placement:
 
     @property
     def device(self) -> str:
-        """The torch device of every worker; Ray shows a GPU worker one device, so never cuda:1."""
+        """The torch device of every worker, which sees no GPUs but its own."""
         return "cuda:0" if self.uses_gpu else "cpu"
 
     @property
     def worker_resources(self) -> dict[str, float]:
         """What one worker asks Ray for."""
-        gpu = {"GPU": 1.0} if self.uses_gpu else {}
+        asks = self.uses_gpu and self.gpus_per_worker > 0
+        gpu = {"GPU": float(self.gpus_per_worker)} if asks else {}
         return {"CPU": float(self.threads)} | gpu
 
     @property
@@ -138,9 +158,36 @@ def place(cluster: ClusterConfig, sizes: ParallelSizes, *, gpus_found: int) -> P
     return Placement(ranks, cluster.num_nodes, gpus > 0, cluster.cpu_threads_per_worker)
 
 
-def place_single(*, uses_gpu: bool, threads: int = 1) -> Placement:
-    """One worker on some machine, such as a rollout engine."""
-    return Placement((RankPlace(0, 0, 0),), num_nodes=1, uses_gpu=uses_gpu, threads=threads)
+def place_single(*, uses_gpu: bool, threads: int = 1, gpus: int = 1) -> Placement:
+    """One worker on some machine, such as a rollout engine; `gpus` as in `gpus_per_worker`."""
+    place = RankPlace(0, 0, 0)
+    return Placement(
+        (place,), num_nodes=1, uses_gpu=uses_gpu, threads=threads, gpus_per_worker=gpus
+    )
+
+
+def num_engines(gpus: int, per_engine: int, *, per_node: int) -> int:
+    """How many engines these GPUs are, each on one machine of `per_node` of them.
+
+    Raises:
+        ConfigError: they do not come out even.
+    """
+    if min(gpus, per_node) % per_engine or not gpus:
+        raise ConfigError(
+            f"policy.generation.vllm_cfg.tensor_parallel_size={per_engine}: the {gpus} GPU(s) of "
+            f"the engines, at most {per_node} on a machine, are no whole number of engines. Lower "
+            "it, or give them others by policy.generation.colocated.resources.* and a number for "
+            "cluster.gpus_per_node"
+        )
+    return gpus // per_engine
+
+
+def shared_seat(seats: Sequence[Seat], number: int, per_engine: int) -> Seat:
+    """The GPUs that engine `number` shares with as many neighbours among these workers."""
+    own = seats[number * per_engine : (number + 1) * per_engine]
+    machines = {seat.machine for seat in own}
+    assert len(machines) == 1, "tensor_parallel_size divides the workers of a machine"
+    return Seat(machines.pop(), ",".join(seat.gpus for seat in own))
 
 
 def gpus_per_node(cluster: ClusterConfig, gpus_found: int) -> int:

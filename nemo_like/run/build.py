@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,23 +16,23 @@ from nemo_like.cluster.placement import (
     ParallelAxis,
     ParallelSizes,
     Placement,
+    Seat,
     count_local_gpus,
     place,
-    place_single,
+    shared_seat,
     worker_env,
 )
 from nemo_like.cluster.policy import RemotePolicy
 from nemo_like.cluster.runtime import RayCluster
-from nemo_like.config.generation import GenerationConfig, RolloutPolicyConfig
+from nemo_like.config.generation import RolloutPolicyConfig
 from nemo_like.config.megatron import MegatronConfig
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.config.run import ClusterConfig
 from nemo_like.data.batching import Batching
 from nemo_like.errors import ConfigError
 from nemo_like.interfaces import Generator, Policy
-from nemo_like.weight_sync.broadcast import Broadcast
-from nemo_like.weight_sync.ipc import Ipc
-from nemo_like.weight_sync.transport import Transport
+from nemo_like.run.engines import EngineFactory, choose_engines
+from nemo_like.run.model_config import hf_config_of
 
 
 @dataclass(frozen=True)
@@ -44,69 +44,11 @@ class Batchings:
 
 
 @dataclass(frozen=True)
-class EngineFactory:
-    """What a worker makes an engine from: a copy of the policy's model, and its tokenizer."""
-
-    policy: PolicyConfig
-    device: str
-
-    def __call__(self) -> Any:
-        """An engine without weights yet; the reference engine, where none is asked for."""
-        from nemo_like.data.tokenizer import load_tokenizer
-
-        policy = self.policy
-        tokenizer = load_tokenizer(policy.tokenizer, policy.model_name)
-        config = hf_config_of(policy).to_dict()
-
-        def decode(ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
-        if not isinstance(policy, RolloutPolicyConfig):
-            from nemo_like.rollout.hf import HFEngine
-
-            return HFEngine(config, decode, device=self.device)
-        return _rollout_engine(policy, config, decode, self.device)
-
-
-def _rollout_engine(
-    policy: RolloutPolicyConfig, config: dict[str, Any], decode: Any, device: str
-) -> Any:
-    import torch
-
-    generation = policy.generation
-    precision = generation.vllm_cfg.precision or policy.precision
-    sizes = {"max_model_len": policy.max_model_len, "max_num_seqs": generation.max_num_seqs}
-    match generation.backend:
-        case "vllm":
-            from nemo_like.rollout.vllm import VLLMEngine
-
-            return VLLMEngine(config, decode, dtype=getattr(torch, precision), **sizes)
-        case "hf":
-            from nemo_like.rollout.hf import HFEngine
-
-            dtype = getattr(torch, policy.precision)
-            return HFEngine(config, decode, dtype=dtype, device=device, **sizes)
-
-
-@dataclass(frozen=True)
 class Machines:
     """What trains, and what answers (if anything has to)."""
 
     policy: Policy
     generator: Generator | None
-
-
-def hf_config_of(policy: PolicyConfig) -> Any:
-    """The configuration of the policy's model, as `transformers` reads it; needs no weights.
-
-    Raises:
-        ConfigError: there is none, or the active backend does not train it.
-    """
-    from nemo_like.assets import model_folder
-    from nemo_like.backends.hf_models import load_hf_config
-
-    folder = model_folder(policy.model_name, with_weights=False)
-    return load_hf_config(folder, policy.hf_config_overrides, backend_key=policy.backend_key)
 
 
 def policy_factory(policy: PolicyConfig, settings: BackendSettings) -> Any:
@@ -150,6 +92,7 @@ def machines(
         yield from _local(factory, batchings, engine)
         return
     with _workers(policy, cluster, log_folder) as workers:
+        everything = workers.place_all()
         placement = workers.place(policy)
         remote = RemotePolicy(
             workers.start("policy", factory, placement, {}),
@@ -160,7 +103,7 @@ def machines(
         if not with_generator:
             yield Machines(remote, None)
             return
-        with closing(workers.engines(policy, placement, say)) as generator:
+        with closing(workers.engines(policy, everything, remote, say)) as generator:
             yield Machines(remote, generator)
 
 
@@ -179,7 +122,7 @@ def engines_alone(
         return
     with (
         _workers(policy, cluster, log_folder) as workers,
-        closing(workers.engines(policy, workers.place(policy), say)) as generator,
+        closing(workers.engines(policy, workers.place_all(), None, say)) as generator,
     ):
         yield generator
 
@@ -202,11 +145,27 @@ class _Workers:
     groups: list[WorkerGroup] = field(default_factory=list)
 
     def place(self, policy: PolicyConfig) -> Placement:
-        return place(self.cluster, parallel_sizes(policy), gpus_found=self.ray.gpus_found())
+        """The policy's workers, on what its engines leave."""
+        cluster = self.cluster
+        if isinstance(policy, RolloutPolicyConfig):
+            cluster = policy.generation.training_part(cluster)
+        return place(cluster, parallel_sizes(policy), gpus_found=self.ray.gpus_found())
+
+    def place_all(self) -> Placement:
+        """One worker in every place of the run, whosever it is."""
+        return place(self.cluster, ParallelSizes.single(), gpus_found=self.ray.gpus_found())
 
     def start(
-        self, name: str, factory: Any, placement: Placement, env: Mapping[str, str]
+        self,
+        name: str,
+        factory: Any,
+        placement: Placement,
+        env: Mapping[str, str],
+        seat: Seat | None = None,
     ) -> WorkerGroup:
+        """A group that is starting; `seat` is whose GPUs it uses, if others own them."""
+        if seat is not None:
+            env = {**env, "CUDA_VISIBLE_DEVICES": seat.gpus}
         config = GroupConfig(
             name=name,
             placement=placement,
@@ -214,6 +173,7 @@ class _Workers:
             log_dir=self.log_folder / "workers",
             timeout_s=self.cluster.worker_timeout_s,
             env_vars={**env, **self.env_vars},
+            machine=None if seat is None else seat.machine,
         )
         started = WorkerGroup(self.ray, config)
         self.groups.append(started)
@@ -221,16 +181,35 @@ class _Workers:
         return started
 
     def engines(
-        self, policy: PolicyConfig, placement: Placement, say: Callable[[str], object]
+        self,
+        policy: PolicyConfig,
+        everything: Placement,
+        trainer: RemotePolicy | None,
+        say: Callable[[str], object],
     ) -> RemoteGenerator:
-        kind = choose_engines(policy, placement)
-        where = place_single(uses_gpu=False, threads=self.cluster.cpu_threads_per_worker)
-        return RemoteGenerator(
-            lambda number: self.start(f"engine_{number}", kind.factory, where, kind.env_vars),
+        """The engines, starting; those on GPUs when the policy has taken its own."""
+        kind = choose_engines(policy, everything, None if trainer is None else trainer.placement)
+        seats: list[Seat] = []
+        if kind.place.uses_gpu and trainer is not None:
+            seats = trainer.seats()
+        if kind.shares_gpus and trainer is not None:
+            # vLLM measures what is free while it starts, and takes what others do for its own.
+            trainer.wait_ready()
+
+        def start(number: int) -> WorkerGroup:
+            seat = shared_seat(seats, number, 1) if kind.shares_gpus else None
+            return self.start(f"engine_{number}", kind.factory, kind.place, kind.env_vars, seat)
+
+        generator = RemoteGenerator(
+            start,
             num_engines=kind.count,
             say=say,
             transport=kind.transport,
+            shares_gpus=kind.shares_gpus,
         )
+        if kind.shares_gpus and trainer is not None:
+            trainer.share_gpus(generator.sleep)
+        return generator
 
 
 @contextmanager
@@ -245,56 +224,6 @@ def _workers(policy: PolicyConfig, cluster: ClusterConfig, log_folder: Path) -> 
         for started in workers.groups:
             started.close()
         workers.ray.close()
-
-
-@dataclass(frozen=True)
-class Engines:
-    """The engines of a run: how many, made from what, in which environment."""
-
-    factory: EngineFactory
-    count: int = 1
-    env_vars: Mapping[str, str] = field(default_factory=dict)
-    transport: Transport | None = None
-
-
-def choose_engines(policy: PolicyConfig, placement: Placement) -> Engines:
-    """The engines of a run, all of them on CPUs.
-
-    Raises:
-        ConfigError: engines on GPUs, or weights that travel between GPUs.
-    """
-    factory = EngineFactory(policy, "cpu")
-    if not isinstance(policy, RolloutPolicyConfig):
-        return Engines(factory)
-    generation = policy.generation
-    transport = choose_transport(generation, placement)
-    if generation.backend == "hf":
-        return Engines(factory, generation.num_cpu_engines, transport=transport)
-    if placement.uses_gpu:
-        raise ConfigError(
-            "policy.generation.backend=vllm: this version's vLLM engines run on CPUs, and were "
-            "never tried on a GPU. Set cluster.gpus_per_node=0, or policy.generation.backend=hf"
-        )
-    from nemo_like.rollout.vllm import ENVIRONMENT
-
-    return Engines(factory, generation.num_cpu_engines, ENVIRONMENT, transport)
-
-
-def choose_transport(generation: GenerationConfig, placement: Placement) -> Transport | None:
-    """The direct way for weights that was asked for, or that fits best; None is the object store.
-
-    Raises:
-        ConfigError: the engines are elsewhere.
-    """
-    asked = generation.refit_transport
-    if asked in (None, "object_store"):
-        return None
-    if placement.uses_gpu:
-        raise ConfigError(
-            f"policy.generation.refit_transport={asked}: the policy is on GPUs and the engines are "
-            "on CPUs: leave it out, or set object_store"
-        )
-    return Ipc() if asked == "ipc" else Broadcast()
 
 
 def _check_gpus(cluster: ClusterConfig) -> None:

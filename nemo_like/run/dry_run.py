@@ -21,7 +21,8 @@ from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Table, outlook_tables, ownership_table
 from nemo_like.optim.routing import STATE_BYTES, Owner, Routing, embedding_names
 from nemo_like.optim.views import attention_shape
-from nemo_like.run.build import hf_config_of, parallel_sizes
+from nemo_like.run.build import parallel_sizes
+from nemo_like.run.model_config import hf_config_of
 
 
 def dry_run_sft(tree: SFTTree) -> int:

