@@ -75,15 +75,19 @@ class OnGpus:
 
 @dataclass(frozen=True)
 class OnCpu:
-    """An engine on CPUs; `kv_cache_bytes` as None is what `max_num_seqs` longest sequences need.
+    """An engine on CPUs.
 
-    That has a limit of 1 GiB. With less, some sequences wait.
+    Args:
+        kv_cache_bytes: None is what `max_num_seqs` longest sequences need, up to 1 GiB. With less,
+            some sequences wait.
+        sleeps: Whether it can sleep; there is no memory to give to others, so only its weights are
+            taken for gone.
     """
 
     environment = ENVIRONMENT
-    sleeps = False
 
     kv_cache_bytes: int | None = None
+    sleeps: bool = False
 
     def arguments(
         self, config: Any, dtype: torch.dtype, longest: int, max_num_seqs: int

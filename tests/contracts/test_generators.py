@@ -105,6 +105,9 @@ class Engines:
 
         self.load_weights(broken(), version=9)
 
+    def sleep(self):
+        self.engine.sleep()
+
     def pid(self):
         return os.getpid()
 
@@ -426,6 +429,21 @@ def test_a_bf16_vllm_takes_fp32_weights_and_is_as_near_as_the_bf16_reference(eng
         gap = gaps(newborn("qwen3"), engine.generate(prompts(), WARM), WARM)
         means[kind] = float(gap.mean())
     assert 1e-3 < means["vllm"] < 2 * means["hf"] < 0.1
+
+
+def test_vllm_is_born_asleep_and_draws_the_same_whenever_weights_have_woken_it(engines):
+    """On a CPU it keeps its memory; vLLM's own account of who sleeps is the same."""
+    engine = engines["vllm"]
+    engine.new("qwen3", where=OnCpu(sleeps=True))
+    drawn = []
+    for version in (1, 2):
+        with pytest.raises(CheckpointError, match="no complete weights"):
+            engine.generate(prompts(2), WARM)
+        engine.load_weights(weights_of("qwen3").items(), version=version)
+        drawn.append(tokens(engine.generate(prompts(), WARM)))
+        for _ in range(2):
+            engine.group.call_all("sleep")
+    assert drawn[0] == drawn[1]
 
 
 def test_a_kv_cache_that_is_too_small_for_all_makes_sequences_wait_and_no_difference(engines):

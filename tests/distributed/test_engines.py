@@ -411,10 +411,8 @@ def test_engines_sleep_before_the_policy_works_and_wake_with_weights_that_did_no
     world.policy.load(Path("8"))
     with pytest.raises(CheckpointError, match="a sync has to succeed first"):
         world.generate()
-    engines = world.generator._engines
-    assert [
-        engine.call_all("generate", PROMPTS[:1], SAMPLING, [0])[0][0].text for engine in engines
-    ] == ["none"] * 2
+    for engine in world.generator._engines:
+        assert engine.call_all("generate", PROMPTS[:1], SAMPLING, [0])[0][0].text == "none"
     world.generator.sync(world.policy)
     assert drawn(world.generate()) == expected
     world.generator.sleep()  # as before logprobs, which change nothing
