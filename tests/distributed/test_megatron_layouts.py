@@ -135,7 +135,8 @@ def compare_with_forecast(folder, megatron, optimizer, precision):
     from nemo_like.backends.megatron.forecast import Forecast, Memory
     from nemo_like.backends.settings import BackendSettings
     from nemo_like.config.policy import PolicyConfig
-    from nemo_like.run.build import hf_config_of, policy_factory
+    from nemo_like.run.build import policy_factory
+    from nemo_like.run.model_config import hf_config_of
 
     policy = PolicyConfig(
         model_name=folder, init="random", precision=precision, optimizer=optimizer,
