@@ -142,8 +142,9 @@ def _layout_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str
         yield (
             f"{block}tensor_model_parallel_size",
             f"under muon_tp_mode=blockwise each of the {tp} ranks cuts its own block of q, k and v "
-            f"apart, and {groups} heads of keys can not be shared out whole; set "
-            "muon_split_qkv=false and muon_split_heads=false, or another muon_tp_mode",
+            f"apart, and {groups} heads of keys can not be shared out whole; set policy.optimizer."
+            "muon_split_qkv=false and policy.optimizer.muon_split_heads=false, or another "
+            "muon_tp_mode",
         )
 
 
