@@ -23,7 +23,7 @@ from nemo_like.backends.megatron.convert import EMBEDDING, WeightTable
 from nemo_like.backends.megatron.masters import Masters
 from nemo_like.backends.megatron.model import build_model
 from nemo_like.backends.megatron.parallel import initialize
-from nemo_like.backends.megatron.routing import all_names, packed_attention, refuse_halves
+from nemo_like.backends.megatron.routing import all_names, of_rank, packed_attention, refuse_halves
 from nemo_like.backends.megatron.schedule import run
 from nemo_like.backends.megatron.weights import (
     WholeWeights,
@@ -89,7 +89,7 @@ class MegatronBackend(RankBackend):
         refuse_halves(self.table, (*active.muon_include, *active.muon_exclude))
         optimizer, routing = build_optimizer(
             all_names(self.table, self.masters.weights().items()),
-            active,
+            of_rank(active, self.table, self.masters.weights()),
             attention=packed_attention(self.hf_config, config, blockwise=blockwise),
             layout=self.masters.layout,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_like.backends.megatron.convert import WeightTable
 from nemo_like.config.megatron import MegatronConfig
+from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.errors import ConfigError
 from nemo_like.optim.views import AttentionShape, attention_shape
 
@@ -38,6 +39,22 @@ def packed_attention(
         gate_up_groups=1 if blockwise else tp,
         expert_gate_up_groups=1 if blockwise else config.expert_tensor_parallel_size,
     )
+
+
+def of_rank(config: OptimizerConfig, table: WeightTable, own: Iterable[str]) -> OptimizerConfig:
+    """The settings without the patterns that parameters of other ranks alone match."""
+    here = [known for name in own for known in (name, *table.hf_names(name))]
+    every = [known for name in table.entries for known in (name, *table.hf_names(name))]
+
+    def kept(patterns: Sequence[str]) -> tuple[str, ...]:
+        def found(pattern: str, names: Sequence[str]) -> bool:
+            return any(re.search(pattern, name) for name in names)
+
+        # One that nothing matches on any rank is for the optimizer to refuse.
+        return tuple(p for p in patterns if found(p, here) or not found(p, every))
+
+    patterns = {name: kept(getattr(config, name)) for name in ("muon_include", "muon_exclude")}
+    return config.model_copy(update=patterns)
 
 
 def refuse_halves(table: WeightTable, patterns: Sequence[str]) -> None:
