@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn
 
 from nemo_like.config import compat, compose
-from nemo_like.config.draft import COMMAND_LINE, DEFAULT, Draft, Origin, Problem
+from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem
 from nemo_like.config.help import help_text
 from nemo_like.config.report import nearest_choice, report
 from nemo_like.config.schema import defaults, known_paths
@@ -115,13 +115,13 @@ def _trees(
         compat.translate(draft)
         draft.problems[:0] = problems
         node, found = validate(draft, tree, schema.known)
-        folder = draft.seen(CHECKPOINT_DIR)[1]
+        _, folder, origin = draft.seen(CHECKPOINT_DIR)
         if node is not None:
             own = _named_after(node, path) if folder == AUTO else folder
             if len(combinations) > 1:
                 own = _own_checkpoints(own, index, overrides.swept)
             if own != folder:
-                draft.put(CHECKPOINT_DIR, own, DEFAULT)
+                draft.put(CHECKPOINT_DIR, own, origin)  # also where `auto` itself was written
                 node, found = validate(draft, tree, schema.known)
         if node is None:
             raise ConfigError(report(found, draft))

@@ -110,6 +110,20 @@ def test_a_sweep_is_the_product_of_its_choices_each_with_its_own_checkpoints(sft
     assert found.tree == found.sweep[0]
 
 
+def test_a_folder_that_a_file_gives_is_divided_among_the_runs_of_a_sweep(sft, write):
+    config = write("checkpointing: {checkpoint_dir: results/mine}")
+    found = sft("--config", config, "--multirun", "sft.seed=1,2").sweep
+    folders = [tree.checkpointing.checkpoint_dir for tree in found]
+    assert folders == ["results/mine/0_seed=1", "results/mine/1_seed=2"]
+
+
+def test_a_folder_is_named_after_the_run_also_where_a_file_asks_for_that(sft, write):
+    written = sft("--config", write("checkpointing: {checkpoint_dir: auto}")).tree
+    left_out = sft("--config", write("logger: {log_dir: logs}")).tree
+    assert written == left_out
+    assert sft("checkpointing.checkpoint_dir=auto").tree == sft().tree
+
+
 @pytest.mark.parametrize(
     ("argv", "mode"),
     [

@@ -9,6 +9,7 @@ from nemo_like.config.command_line import parse
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.sft import SFTTree
 from nemo_like.run.dry_run import dry_run_grpo, dry_run_sft
+from tools.suites import RECIPES, tree_of
 
 ROOT = Path(__file__).parents[3]
 MEGATRON = ("policy.megatron_cfg.enabled=true", "policy.dtensor_cfg.enabled=false")
@@ -96,3 +97,11 @@ def test_a_supervised_run_that_is_not_there_is_an_error_with_its_nearest_name(ca
     code, text = told(capsys, "policy.sft_config=configs/sft_tinny.yaml")
     assert code == 2
     assert "did you mean configs/sft_tiny.yaml" in text
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.yaml")))
+def test_every_recipe_is_planned_without_a_network(name, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    plan = dry_run_sft if name.startswith("sft-") else dry_run_grpo
+    assert plan(tree_of(name)) == 0
+    assert "One rank's memory" in " ".join(capsys.readouterr().out.split())
