@@ -215,7 +215,7 @@ def test_the_settings_of_megatrons_muon_train_as_they_are(models, pool):  # noqa
     megatron = yaml.safe_load(GUIDE) | {TP: 2}
     options = {"precision": "bfloat16", "optimizer": {"muon_ns_dtype": None}}
     args = (str(models / "qwen3"), megatron, options)
-    found, outlook = pool(2).run(on_one_batch, *args, timeout_s=120)[0]
+    found, outlook = pool(2).run(on_one_batch, *args, timeout_s=200)[0]
     losses, rates, decays = zip(*found, strict=True)
     assert losses[-1] < losses[0] - 0.2
     assert "depends on tensor_model_parallel_size" in outlook["muon_tp_mode=blockwise"]
