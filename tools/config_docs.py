@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nemo_like.config.compat import ABSENT, IGNORED
+from nemo_like.config.absent import ABSENT, IGNORED
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.help import markdown
 from nemo_like.config.sft import SFTTree

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, NoReturn
 from nemo_like.config import compat, compose
 from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem
 from nemo_like.config.help import help_text
+from nemo_like.config.layers import Files, as_yaml
 from nemo_like.config.report import nearest_choice, report
 from nemo_like.config.schema import defaults, known_paths
 from nemo_like.config.tree import RunTree
@@ -97,7 +98,7 @@ def parse(argv: Sequence[str], *, tree: type[Tree], default_config: Path) -> Inv
 
 def to_yaml(tree: Tree) -> str:
     """The whole tree as a file that `--config` reads as the same tree."""
-    return compose.as_yaml(tree.model_dump(mode="json"))
+    return as_yaml(tree.model_dump(mode="json"))
 
 
 def _trees(
@@ -105,7 +106,7 @@ def _trees(
 ) -> tuple[list[Tree], list[str]]:
     """The tree of every combination, and notes."""
     schema = compose.Schema(known_paths(tree), defaults(tree))
-    files: dict[tuple[str, ...], compose.Files] = {}
+    files: dict[tuple[str, ...], Files] = {}
     trees: list[Tree] = []
     notes: list[str] = []
     for index, overrides in enumerate(combinations):
@@ -143,7 +144,7 @@ def _idle_muon_keys(node: RunTree, draft: Draft) -> list[str]:
     return [f"{key} has no effect under optimizer={name}; Muon is optimizer=muon" for key in typed]
 
 
-def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> compose.Files:
+def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> Files:
     try:
         return compose.read_files(path, groups)
     except ConfigError as error:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem, find, split, walk
+from nemo_like.config.layers import Files, shown
 from nemo_like.config.schema import Key, is_known
 from nemo_like.errors import ConfigError
 
@@ -54,15 +55,6 @@ class Overrides:
     groups: tuple[str, ...]
     values: tuple[Override, ...]
     swept: tuple[str, ...]
-
-
-@dataclass
-class Files:
-    """What the files of a configuration say, in the order in which they were merged."""
-
-    values: DictConfig
-    origins: dict[tuple[str, ...], Origin] = field(default_factory=dict)
-    layers: int = 0
 
 
 def find_config(name: str) -> Path | None:
@@ -133,7 +125,7 @@ def read_files(path: Path, groups: Sequence[str]) -> Files:
     try:
         return _read_files(path, groups)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
-        raise ConfigError(f"{_shown(path)} can not be read: {_reason(error)}") from error
+        raise ConfigError(f"{shown(path)} can not be read: {_reason(error)}") from error
 
 
 def _read_files(path: Path, groups: Sequence[str]) -> Files:
@@ -152,7 +144,7 @@ def _read_files(path: Path, groups: Sequence[str]) -> Files:
         name = part.config_path or ""
         found = [f for f in (path.parent / f"{name}.yaml", CONFIGS / f"{name}.yaml") if f.is_file()]
         if found and not name.startswith("hydra/"):
-            _remember_lines(files, found[0], split(part.package) if part.package else ())
+            files.add(found[0], split(part.package) if part.package else ())
     return files
 
 
@@ -175,26 +167,6 @@ def _as_hydra_wants(text: str, chosen: DictConfig) -> str:
     return bare if bare.split("=")[0] in chosen else f"+{bare}"
 
 
-def _remember_lines(files: Files, file: Path, package: tuple[str, ...]) -> None:
-    root = yaml.compose(file.read_text(), Loader=yaml.CSafeLoader)
-    for path, line in _lines(root, package):
-        files.origins[path] = Origin(files.layers, f"{_shown(file)}:{line}")
-    files.layers += 1
-
-
-def _shown(file: Path) -> Path:
-    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-
-
-def _lines(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        below = (*path, key.value)
-        yield below, key.start_mark.line + 1
-        yield from _lines(value, below)
-
-
 def apply(files: Files, overrides: Sequence[Override], schema: Schema) -> Draft:
     """The files with the overrides on top, interpolations resolved."""
     values = files.values.copy()
@@ -202,7 +174,7 @@ def apply(files: Files, overrides: Sequence[Override], schema: Schema) -> Draft:
     if hydra := [path for path in files.origins if path[0] == "hydra"]:
         reason = "Hydra reads files here and nothing else: its own settings have no effect"
         draft.problems.append(Problem(reason, ("hydra",), files.origins[hydra[0]]))
-    for layer, override in enumerate(overrides, start=files.layers):
+    for layer, override in enumerate(overrides, start=len(files.parts)):
         origin, key = _line(layer, _text(override)), override.key_or_group
         if override.is_delete():
             message = _delete(values, override, schema)
@@ -327,16 +299,3 @@ def _line(layer: int, text: str) -> Origin:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
-
-
-def as_yaml(values: dict[str, Any]) -> str:
-    """YAML that composes to exactly these values: what looks like an interpolation is escaped."""
-    return str(OmegaConf.to_yaml(OmegaConf.create(_escaped(values))))
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _escaped(below) for name, below in value.items()}
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -22,13 +22,14 @@ MUON = {
 OPTIMIZERS: dict[str, tuple[str, dict[str, str]]] = {
     "torch.optim.AdamW": ("adam", ADAM),
     "torch.optim.adamw.AdamW": ("adam", ADAM),
+    "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam": ("adam", ADAM),
     "torch.optim.SGD": ("sgd", SGD),
     "torch.optim.Muon": ("muon", MUON),
 }
 """Dotted class -> our name, and our names of its arguments (`betas` are two keys here)."""
 
-KERNEL_CHOICES = ("foreach", "fused", "capturable", "differentiable")
-"""Arguments that choose among kernels of equal results."""
+KERNEL_CHOICES = ("foreach", "fused", "capturable", "differentiable", "master_weights")
+"""Arguments that choose among kernels of equal results; master weights are always kept."""
 
 
 def translate_optimizer(draft: Draft) -> None:

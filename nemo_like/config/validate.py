@@ -52,6 +52,15 @@ def _parse(values: dict[str, Any], tree: type[Tree]) -> Tree:
     return tree.model_validate_json(text, strict=True, context=DEFER_CONFLICTS)
 
 
+def field_problems(draft: Draft, tree: type[Tree], known: dict[str, Key]) -> list[Problem]:
+    """What is wrong with fields by themselves; each problem has one key."""
+    try:
+        _parse(draft.values, tree)
+    except ValidationError as error:
+        return _field_problems(error, draft, known)
+    return []
+
+
 def _field_problems(error: ValidationError, draft: Draft, known: dict[str, Key]) -> list[Problem]:
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):

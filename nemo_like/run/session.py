@@ -27,7 +27,7 @@ from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.hf_export import write_hf
 from nemo_like.checkpoint.manifest import RunLayout, verify
 from nemo_like.cluster import memory
-from nemo_like.config.compose import as_yaml
+from nemo_like.config.layers import as_yaml
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.config.tree import RunTree
 from nemo_like.errors import (

@@ -48,7 +48,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "vllm": ("rollout/vllm",),
     "megatron": ("backends/megatron/",),
     "hydra": ("config/compose.py",),
-    "omegaconf": ("config/compose.py",),
+    "omegaconf": ("config/compose.py", "config/layers.py"),
     "wandb": ("observability/sinks",),
     "mlflow": ("observability/sinks",),
     "tensorboard": ("observability/sinks",),

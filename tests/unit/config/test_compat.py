@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from nemo_like.config.compat import ABSENT, IGNORED, MOVED
+from nemo_like.config.absent import ABSENT, IGNORED
+from nemo_like.config.compat import MOVED
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.schema import known_paths
 from nemo_like.config.sft import SFTTree

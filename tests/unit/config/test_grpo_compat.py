@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_like.config.compat import AS_IT_IS, DATASETS
+from nemo_like.config.absent import AS_IT_IS
+from nemo_like.config.compat import DATASETS
 
 INHERIT = "defaults: [grpo_math_1B, _self_]\n"
 

@@ -1,0 +1,166 @@
+"""YAML files as layers of a configuration: which keys each writes and where, read and written.
+
+Ours are put together by Hydra (`compose.py`); `read_inherited` does it as NeMo-RL does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_like.config.draft import Origin, Problem, split, walk
+from nemo_like.config.report import report
+from nemo_like.errors import ConfigError
+
+INHERITS = "defaults"
+"""The key that names the files below a file."""
+OVERRIDES = "_override_"
+"""The key that makes a section replace the inherited one, instead of adding to it."""
+
+
+@dataclass
+class Files:
+    """What the files of a configuration say, in the order in which they were merged."""
+
+    values: DictConfig
+    origins: dict[tuple[str, ...], Origin] = field(default_factory=dict)
+    parts: list[tuple[Path, tuple[str, ...]]] = field(default_factory=list)
+    """Each file with the section that it is put into; its position is its layer."""
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Files:
+        """Values that no file holds."""
+        return cls(OmegaConf.create(values))
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """The merged values, interpolations as they are written."""
+        values: dict[str, Any] = OmegaConf.to_container(self.values, resolve=False)  # type: ignore
+        return values
+
+    def add(self, file: Path, package: tuple[str, ...] = ()) -> None:
+        """Note where the topmost file writes its keys; its values are merged elsewhere."""
+        self.origins |= origins_of(file, package, layer=len(self.parts))
+        self.parts.append((file, package))
+
+
+def origins_of(
+    file: Path, package: tuple[str, ...], *, layer: int
+) -> dict[tuple[str, ...], Origin]:
+    """Every key that a file writes, with its line."""
+    root = yaml.compose(file.read_text(), Loader=yaml.CSafeLoader)
+    return {path: Origin(layer, f"{shown(file)}:{line}") for path, line in _lines(root, package)}
+
+
+def _lines(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        below = (*path, key.value)
+        yield below, key.start_mark.line + 1
+        yield from _lines(value, below)
+
+
+def shown(file: Path) -> Path:
+    """A path as it is printed: from here, where it lies below."""
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+
+
+def values_of(file: Path, package: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What one file says by itself, interpolations as they are written."""
+    values: Any = OmegaConf.to_container(_load(file), resolve=False)
+    values.pop(INHERITS, None)
+    for name in reversed(package):
+        values = {name: values}
+    return values  # type: ignore[no-any-return]
+
+
+def parents_of(file: Path) -> Any:
+    """What a file inherits from, as it says it; nothing is an empty list."""
+    values: Any = OmegaConf.to_container(_load(file), resolve=False)
+    return values.get(INHERITS, [])
+
+
+def read_inherited(file: Path) -> Files:
+    """A file on top of those that its `defaults` name by their paths: NeMo-RL's inheritance."""
+    files = Files.of({})
+    _inherit(file.resolve(), files, ())
+    return files
+
+
+def _inherit(file: Path, files: Files, below: tuple[Path, ...]) -> None:
+    if file in below:
+        chain = " -> ".join(str(shown(f)) for f in (*below, file))
+        raise ConfigError(f"files that inherit each other: {chain}")
+    loaded = _load(file)
+    parents = loaded.pop(INHERITS, None)
+    for name in [parents] if isinstance(parents, str) else parents or []:
+        parent = (file.parent / str(name)).resolve()
+        if not parent.is_file():
+            message = f"there is no such file: {shown(parent)}; copy it to there too"
+            where = origins_of(file, (), layer=0)[split(INHERITS)]
+            raise ConfigError(report([Problem(message, origin=where)]))
+        _inherit(parent, files, (*below, file))
+    try:
+        _make_room(files.values, loaded)
+        files.values = OmegaConf.merge(files.values, loaded)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        reason = f"{str(error).splitlines()[0]} under one key; say {OVERRIDES}: true above it"
+        raise ConfigError(f"{shown(file)} and what it inherits: {reason}") from error
+    files.add(file)
+
+
+def _make_room(below: DictConfig, loaded: DictConfig) -> None:
+    """Take the flags out of a file, and from below it the sections that they are in."""
+    raw = OmegaConf.to_container(loaded, resolve=False)
+    for path, flag in walk(raw):
+        if path[-1] == OVERRIDES:
+            for values, name in ((loaded, path), *([(below, path[:-1])] if flag is True else [])):
+                holder = OmegaConf.select(values, ".".join(name[:-1])) if name[1:] else values
+                if isinstance(holder, DictConfig):
+                    holder.pop(name[-1], None)
+
+
+def _load(file: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(file)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{shown(file)} can not be read: {reason}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{shown(file)} holds a list; a configuration is a mapping of keys")
+    return loaded
+
+
+class Interpolation(str):
+    """A text whose `${...}` is meant."""
+
+
+def as_written(value: Any) -> Any:
+    """Values as a file has them, each text an `Interpolation`."""
+    if isinstance(value, dict):
+        return {name: as_written(below) for name, below in value.items()}
+    if isinstance(value, list):
+        return [as_written(item) for item in value]
+    return Interpolation(value) if isinstance(value, str) else value
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """YAML that composes to exactly these values: `${` is escaped, but for an `Interpolation`."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(_escaped(values))))
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _escaped(below) for name, below in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, Interpolation):
+        return str(value)
+    return value.replace("${", "\\${") if isinstance(value, str) else value

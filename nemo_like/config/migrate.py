@@ -1,0 +1,251 @@
+"""A recipe of NeMo-RL becomes a configuration of ours, and every one of its keys has a fate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nemo_like.config import compat, compose
+from nemo_like.config.absent import ABSENT, IGNORED
+from nemo_like.config.draft import Draft, Origin, Problem, find, show, split, walk
+from nemo_like.config.grpo import GRPOTree
+from nemo_like.config.layers import Files, Interpolation, read_inherited
+from nemo_like.config.schema import Key, defaults, is_known, known_paths
+from nemo_like.config.sft import SFTTree
+from nemo_like.config.tree import RunTree
+from nemo_like.config.validate import field_problems, validate
+from nemo_like.errors import ConfigError
+
+_MEGATRON = "policy.megatron_cfg"
+TREES: dict[str, type[RunTree]] = {"sft": SFTTree, "grpo": GRPOTree}
+NOT_CARRIED = {
+    **{
+        f"{_MEGATRON}.{name}": "a fused kernel of equal results, which is not used here"
+        for name in ("apply_rope_fusion", "moe_permute_fusion", "gradient_accumulation_fusion")
+    },
+    "policy.make_sequence_length_divisible_by": "it follows from the layout of the active backend",
+    f"{_MEGATRON}.moe_shared_expert_overlap": "no supported model has shared experts",
+    f"{_MEGATRON}.moe_router_bias_update_rate": "no supported model has a router with a bias",
+}
+"""Keys of ours that NeMo-RL's files set for every model and layout, and that few can have."""
+
+Kind = Literal["kept", "said differently", "off", "ignored", "absent", "unknown"]
+LEFT_OUT: tuple[Kind, ...] = ("ignored", "absent", "unknown")
+"""Kinds of which something is lost; `off` asks for what happens anyway."""
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one key, and why it is not what it was."""
+
+    path: str
+    kind: Kind
+    value: Any
+    origin: Origin
+    reason: str = ""
+    entry: str = ""
+    """The key that the reason is about: this one, or a section around it."""
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What a recipe says in our language.
+
+    `values` are sparse. `conflicts` are what is wrong between them: the recipe does not run as it
+    is until somebody decides.
+    """
+
+    tree: type[RunTree]
+    values: dict[str, Any]
+    fates: tuple[Fate, ...]
+    conflicts: tuple[Problem, ...]
+    draft: Draft
+
+
+def migrate(file: Path) -> Migration:
+    """The configuration of a NeMo-RL recipe, read with the files that it inherits from.
+
+    Raises:
+        ConfigError: a file is missing or no recipe of an algorithm that is here.
+    """
+    files = read_inherited(file)
+    tree = _tree_of(files, file)
+    schema = compose.Schema(known_paths(tree), defaults(tree))
+    draft = compose.apply(files, (), schema)
+    written = copy.deepcopy(draft.values)
+    raw = files.raw
+    origins = dict(draft.origins)
+    compat.translate(draft)
+    ignored = _leave_out(draft)
+    unknown = _refuse_fields(draft, tree, schema)
+    whole = Draft(draft.values, draft.defaults, draft.origins)
+    conflicts = validate(whole, tree, schema.known)[1]
+    judge = _Judge(draft, schema.known, unknown, ignored)
+    theirs = Draft(written, draft.defaults, origins)
+    fates = tuple(
+        judge.fate(".".join(path), value, theirs.origin(path)) for path, value in leaves(raw)
+    )
+    values = _with_interpolations(sparse(draft.values, schema.defaults), raw, schema)
+    return Migration(tree, values, fates, tuple(conflicts), whole)
+
+
+def _tree_of(files: Files, file: Path) -> type[RunTree]:
+    named = [name for name in TREES if name in files.values]
+    if len(named) != 1:
+        found = ", ".join(str(key) for key in files.values)
+        raise ConfigError(
+            f"{file} is no recipe of SFT, GRPO or DAPO: expected one block {' or '.join(TREES)}, "
+            f"found {found or 'nothing'}"
+        )
+    return TREES[named[0]]
+
+
+def _leave_out(draft: Draft) -> dict[str, str]:
+    """Drop what few models can have, and what is said twice; the reasons of all that is dropped."""
+    for path in NOT_CARRIED:
+        if draft.find(path)[0]:
+            draft.take(path)
+    for path, source in _said_twice(draft):
+        if draft.find(path)[0] and _equal(draft.find(path)[1], draft.seen(source)[1]):
+            draft.take(path)
+    return IGNORED | NOT_CARRIED
+
+
+def _said_twice(draft: Draft) -> Iterator[tuple[str, str]]:
+    """Keys that follow another one where they are left out, and that one."""
+    decay = f"{_MEGATRON}.optimizer.weight_decay"
+    written = decay if draft.find(decay)[1] is not None else "policy.optimizer.weight_decay"
+    for end in ("start", "end"):
+        yield f"{_MEGATRON}.scheduler.{end}_weight_decay", written
+    for block in ("optimizer", "scheduler"):  # both backends start from `policy.<block>`
+        for name in list(draft.find(f"{_MEGATRON}.{block}")[1] or {}):
+            if find(draft.defaults, ("policy", block, name))[0]:
+                yield f"{_MEGATRON}.{block}.{name}", f"policy.{block}.{name}"
+
+
+def _refuse_fields(draft: Draft, tree: type[RunTree], schema: compose.Schema) -> dict[str, str]:
+    """Take out the keys that do not exist and the values that are wrong; why, by their paths."""
+    found = field_problems(draft, tree, schema.known)
+    for problem in found:
+        draft.refuse(problem.keys[0], problem.message)
+    return {problem.keys[0]: problem.message for problem in found}
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What there is to know about the keys of a recipe after its translation."""
+
+    draft: Draft
+    known: dict[str, Key]
+    unknown: dict[str, str]
+    ignored: dict[str, str]
+
+    def fate(self, path: str, value: Any, origin: Origin) -> Fate:
+        """What became of a key."""
+        target = _renamed(path)
+        for key in (path, target):
+            for kind, reasons in self._tables():
+                if entry := _entry(key, reasons):
+                    return Fate(path, kind, value, origin, reasons[entry], entry)
+        same = path == target and is_known(path, self.known)
+        return Fate(path, "kept" if same else "said differently", value, origin)
+
+    def _tables(self) -> Iterator[tuple[Kind, Mapping[str, str]]]:
+        refused = {key: problem.message for problem in self.draft.problems for key in problem.keys}
+        if "policy.optimizer.name" in refused:  # its arguments mean nothing by themselves
+            refused["policy.optimizer.kwargs"] = refused["policy.optimizer.name"]
+        yield "unknown", self.unknown
+        yield "absent", refused
+        yield "ignored", self.ignored
+        yield "off", ABSENT
+
+
+def _renamed(path: str) -> str:
+    """The path after a change of names; elements of lists as the tables write them."""
+    old, new = compat.RENAMED_SECTION
+    if path.startswith(f"{old}."):
+        path = new + path.removeprefix(old)
+    return compat.RENAMED.get(path, path)
+
+
+def _entry(path: str, reasons: Mapping[str, str]) -> str:
+    """Where a table speaks of a key: of itself, of a section around it, or of its elements."""
+    parts = split(path)
+    heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    within = (key for key in reasons if key.startswith(f"{path}."))
+    return next((head for head in heads if head in reasons), "") or next(within, "")
+
+
+def leaves(values: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every key with a value of its own: lists and empty sections are values."""
+    for path, value in walk(values):
+        if (not isinstance(value, dict) or not value) and path[-1] != "_override_":
+            yield path, value
+
+
+def sparse(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """What differs from `base`, nested as it was."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        below = base.get(name)
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = sparse(value, below)
+            if value:
+                result[name] = value
+        elif (
+            name not in base or value != below or isinstance(value, bool) != isinstance(below, bool)
+        ):
+            result[name] = value
+    return result
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values mean the same: 1 is 1.0, and is not true."""
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _with_interpolations(
+    values: dict[str, Any], raw: dict[str, Any], schema: compose.Schema
+) -> dict[str, Any]:
+    """The values with the recipe's `${...}` wherever it means the same here."""
+    texts = {
+        path: text
+        for path, text in leaves(raw)
+        if isinstance(text, str) and "${" in text and _is_scalar(values, path)
+    }
+    proposed = copy.deepcopy(values)
+    for path, text in texts.items():
+        _put(proposed, path, text)
+    means = compose.apply(Files.of(proposed), (), schema)
+    result = copy.deepcopy(values)
+    for path, text in texts.items():
+        if means.find(path) == find(values, path):
+            _put(result, path, Interpolation(text))
+    return result
+
+
+def _is_scalar(values: dict[str, Any], path: tuple[str, ...]) -> bool:
+    found, value = find(values, path)
+    return found and not isinstance(value, dict | list)
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    find(values, path[:-1])[1][path[-1]] = value
+
+
+def account(fates: Iterable[Fate]) -> list[str]:
+    """One line per reason: the section it is about, and each key of it that was written."""
+    groups: dict[tuple[str, str], list[Fate]] = {}
+    for fate in fates:
+        groups.setdefault((fate.entry, fate.reason), []).append(fate)
+    return [f"{_named(entry, some)}: {reason}" for (entry, reason), some in groups.items()]
+
+
+def _named(entry: str, fates: list[Fate]) -> str:
+    if len(fates) == 1:
+        return f"{fates[0].path} = {show(fates[0].value)}"
+    inside = (f"{fate.path.removeprefix(entry).lstrip('.')}={show(fate.value)}" for fate in fates)
+    return f"{entry} ({', '.join(inside)})"
