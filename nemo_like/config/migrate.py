@@ -13,6 +13,7 @@ from nemo_like.config.absent import ABSENT, IGNORED
 from nemo_like.config.draft import Draft, Origin, Problem, find, show, split, walk
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.layers import Files, Interpolation, read_inherited
+from nemo_like.config.megatron import NOT_HERE
 from nemo_like.config.schema import Key, defaults, is_known, known_paths
 from nemo_like.config.sft import SFTTree
 from nemo_like.config.tree import RunTree
@@ -22,13 +23,8 @@ from nemo_like.errors import ConfigError
 _MEGATRON = "policy.megatron_cfg"
 TREES: dict[str, type[RunTree]] = {"sft": SFTTree, "grpo": GRPOTree}
 NOT_CARRIED = {
-    **{
-        f"{_MEGATRON}.{name}": "a fused kernel of equal results, which is not used here"
-        for name in ("apply_rope_fusion", "moe_permute_fusion", "gradient_accumulation_fusion")
-    },
     "policy.make_sequence_length_divisible_by": "it follows from the layout of the active backend",
-    f"{_MEGATRON}.moe_shared_expert_overlap": "no supported model has shared experts",
-    f"{_MEGATRON}.moe_router_bias_update_rate": "no supported model has a router with a bias",
+    **{f"{_MEGATRON}.{key}": reason for key, reason in NOT_HERE.items()},
 }
 """Keys of ours that NeMo-RL's files set for every model and layout, and that few can have."""
 

@@ -41,7 +41,12 @@ policy:
     enabled: false
     apply_rope_fusion: true
     tensor_model_parallel_size: 1
-    optimizer: {optimizer: adam, lr: 5.0e-6, weight_decay: 0.01, adam_beta2: 0.99}
+    optimizer:
+      optimizer: adam
+      lr: 5.0e-6
+      weight_decay: 0.01
+      adam_beta2: 0.99
+      use_precision_aware_optimizer: true
     scheduler: {start_weight_decay: "${policy.megatron_cfg.optimizer.weight_decay}"}
   make_sequence_length_divisible_by: ${policy.dtensor_cfg.tensor_parallel_size}
   optimizer: {name: torch.optim.AdamW, kwargs: {lr: 5.0e-6, betas: [0.9, 0.999], eps: 1e-8}}
@@ -109,6 +114,7 @@ def test_every_key_has_one_fate(theirs):
         "policy.dtensor_cfg.lora_cfg.dim": "off",
         "policy.generation_batch_size": "ignored",
         "policy.megatron_cfg.apply_rope_fusion": "ignored",
+        "policy.megatron_cfg.optimizer.use_precision_aware_optimizer": "ignored",
         "policy.make_sequence_length_divisible_by": "ignored",
         "policy.optimizer.kwargs.betas": "said differently",
         "grpo.adv_estimator.normalize_rewards": "said differently",
