@@ -38,6 +38,7 @@ from nemo_like.rollout.vllm_settings import (
 )
 from nemo_like.rollout.weights import Delivery, ExpectedWeights, held
 from nemo_like.types import Prompt, Rollout, SamplingParams, sample_numbers
+from nemo_like.weight_sync.transport import BUCKET_BYTES, buckets
 
 COLDEST = 0.01
 """vLLM takes a lower temperature for this one."""
@@ -73,7 +74,7 @@ class VLLMEngine:
         self._llm: Any = None
         self._version: int | None = None
         where = where or OnCpu()
-        self._sleeps = where.sleeps
+        self._sleeps, self._num_parts = where.sleeps, where.num_parts
         os.environ.update(where.environment)
         self._vllm: Any = import_module("vllm")
         check_build(where)
@@ -122,8 +123,7 @@ class VLLMEngine:
         delivery = Delivery(self._expected)
         source = _Guarded(weights)
         self._wake("weights")
-        worker = self._llm.llm_engine.model_executor.driver_worker.worker
-        worker.reload_weights(weights_iterator=self._with_aliases(delivery.fitting(source)))
+        self._reload(self._with_aliases(delivery.fitting(source)))
         if source.exception is not None:
             raise source.exception
         digest = delivery.digest(version)
@@ -195,6 +195,16 @@ class VLLMEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
+
+    def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        if self._num_parts == 1:
+            worker = self._llm.llm_engine.model_executor.driver_worker.worker
+            worker.reload_weights(weights_iterator=weights)
+            return
+        self._llm.collective_rpc("begin_reload")
+        for bucket in buckets(weights, BUCKET_BYTES):
+            self._llm.collective_rpc("take_weights", args=(bucket,))
+        self._llm.collective_rpc("end_reload")
 
     def _wake(self, part: str) -> None:
         if self._llm.llm_engine.is_sleeping():

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 
 from nemo_like.errors import ConfigError
+from nemo_like.rollout import vllm_extension
 
 _EVERYWHERE = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in this process, and so are its weights
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",  # it would send some over the network
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of the parts, if there are several
     "HF_HUB_OFFLINE": "1",  # everything it needs is in a folder that we write
 }
 ENVIRONMENT = _EVERYWHERE | {
     "TORCH_COMPILE_DISABLE": "1",  # of one small function, for seconds, with a C++ compiler
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # parts would each ask for a NUMA node of their own
 }
 """What vLLM must find in its process's environment, from the start, on CPUs."""
 GPU_ENVIRONMENT = _EVERYWHERE | {
@@ -51,6 +54,7 @@ class OnGpus:
         memory_share: Of each GPU, for weights, KV cache and the rest.
         eager: Without CUDA graphs and compilation.
         sleeps: Whether its memory can be given to others.
+        num_parts: Of each matrix, and so GPUs.
     """
 
     environment = GPU_ENVIRONMENT
@@ -58,6 +62,7 @@ class OnGpus:
     memory_share: float
     eager: bool = False
     sleeps: bool = False
+    num_parts: int = 1
 
     def arguments(
         self, config: Any, dtype: torch.dtype, longest: int, max_num_seqs: int
@@ -67,8 +72,7 @@ class OnGpus:
             "gpu_memory_utilization": self.memory_share,
             "enforce_eager": self.eager,
             "enable_sleep_mode": self.sleeps,
-            "tensor_parallel_size": 1,
-            "distributed_executor_backend": "uni",
+            **_parts(self.num_parts),
             "async_scheduling": False,  # as on CPUs: when a step returns, nothing runs any more
         }
 
@@ -82,12 +86,14 @@ class OnCpu:
             some sequences wait.
         sleeps: Whether it can sleep; there is no memory to give to others, so only its weights are
             taken for gone.
+        num_parts: Of each matrix, and so processes.
     """
 
     environment = ENVIRONMENT
 
     kv_cache_bytes: int | None = None
     sleeps: bool = False
+    num_parts: int = 1
 
     def arguments(
         self, config: Any, dtype: torch.dtype, longest: int, max_num_seqs: int
@@ -97,10 +103,21 @@ class OnCpu:
         if room is None:
             room = _kv_cache_bytes(config, dtype, longest, max_num_seqs)
         return {
+            **_parts(self.num_parts),
             "enforce_eager": True,
             "block_size": BLOCK_TOKENS,
             "kv_cache_memory_bytes": room,
         }
+
+
+def _parts(count: int) -> dict[str, Any]:
+    if count == 1:
+        return {"tensor_parallel_size": 1, "distributed_executor_backend": "uni"}
+    return {
+        "tensor_parallel_size": count,
+        "distributed_executor_backend": "mp",
+        "worker_extension_cls": vllm_extension.NAME,
+    }
 
 
 def check_build(where: OnCpu | OnGpus) -> None:

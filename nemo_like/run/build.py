@@ -83,7 +83,8 @@ def machines(
 ) -> Iterator[Machines]:
     """Policy and generator on the machines that the configuration names; ended with the block.
 
-    Under Ray the workers are still starting when the block begins: the first call waits for them.
+    Under Ray workers are still starting when the block begins, and the first call waits for them;
+    but a policy that shares GPUs with its engines has started.
     `say` is told of engines that are lost and replaced.
     """
     if cluster.launcher == "local":
@@ -197,7 +198,7 @@ class _Workers:
             trainer.wait_ready()
 
         def start(number: int) -> WorkerGroup:
-            seat = shared_seat(seats, number, 1) if kind.shares_gpus else None
+            seat = shared_seat(seats, number, kind.gpus_each) if kind.shares_gpus else None
             return self.start(f"engine_{number}", kind.factory, kind.place, kind.env_vars, seat)
 
         generator = RemoteGenerator(

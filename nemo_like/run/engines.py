@@ -56,7 +56,10 @@ def _rollout_engine(
 
             asked = generation.vllm_cfg
             on_gpus = OnGpus(
-                asked.gpu_memory_utilization, eager=asked.enforce_eager, sleeps=factory.sleeps
+                asked.gpu_memory_utilization,
+                eager=asked.enforce_eager,
+                sleeps=factory.sleeps,
+                num_parts=asked.tensor_parallel_size,
             )
             where = OnCpu() if factory.device == "cpu" else on_gpus
             dtype = getattr(torch, asked.precision or policy.precision)
@@ -72,12 +75,14 @@ def _rollout_engine(
 class Engines:
     """The engines of a run: how many, each made from what and where, in which environment.
 
-    `shares_gpus`: engine `n` has the GPUs of the policy's worker `n`, and sleeps while that works.
+    `shares_gpus`: they have the GPUs of the policy's workers, in their order, and sleep while those
+    work.
     """
 
     factory: EngineFactory
     place: Placement
     count: int = 1
+    gpus_each: int = 1
     env_vars: Mapping[str, str] = field(default_factory=dict)
     transport: Transport | None = None
     shares_gpus: bool = False
@@ -110,21 +115,16 @@ def choose_engines(
 
             environment = ENVIRONMENT
         factory = EngineFactory(policy, "cpu")
-        return Engines(factory, on_cpu, count, environment, transport)
+        return Engines(factory, on_cpu, count, env_vars=environment, transport=transport)
     from nemo_like.rollout.vllm_settings import GPU_ENVIRONMENT
 
     size = generation.vllm_cfg.tensor_parallel_size
-    if size > 1:
-        raise ConfigError(
-            f"policy.generation.vllm_cfg.tensor_parallel_size={size}: engines of several GPUs were "
-            "not built, because vLLM puts each GPU into a process of its own, which weights do not "
-            "reach yet. Set 1"
-        )
     own = everything.world_size - (0 if shares or trainer is None else trainer.world_size)
     return Engines(
         EngineFactory(policy, everything.device, sleeps=shares),
         place_single(uses_gpu=True, threads=everything.threads, gpus=0 if shares else size),
         num_engines(own, size, per_node=everything.workers_per_node),
+        size,
         GPU_ENVIRONMENT,
         transport,
         shares,
@@ -145,7 +145,7 @@ def choose_transport(
             f"policy.generation.refit_transport={asked}: the policy is on GPUs and the engines are "
             "on CPUs: leave it out, or set object_store"
         )
-    if asked is None and on_gpu:
+    if asked is None and on_gpu and generation.vllm_cfg.tensor_parallel_size == 1:
         asked = "ipc" if generation.colocated.enabled else "broadcast"
     ways: dict[str | None, Transport] = {"ipc": Ipc(), "broadcast": Broadcast()}
     return ways.get(asked)

@@ -431,6 +431,15 @@ def test_a_bf16_vllm_takes_fp32_weights_and_is_as_near_as_the_bf16_reference(eng
     assert 1e-3 < means["vllm"] < 2 * means["hf"] < 0.1
 
 
+@pytest.mark.slow
+def test_vllm_in_two_processes_takes_its_weights_there_and_draws_the_same(engines):
+    engine = engines["vllm"]
+    engine.new("qwen3", where=OnCpu(num_parts=2))
+    for seed in (0, 1):
+        engine.load_weights(weights_of("qwen3", seed).items(), version=seed + 1)
+        check_all_samplings(engine, "qwen3", seed, seed + 1)
+
+
 def test_vllm_is_born_asleep_and_draws_the_same_whenever_weights_have_woken_it(engines):
     """On a CPU it keeps its memory; vLLM's own account of who sleeps is the same."""
     engine = engines["vllm"]

@@ -20,7 +20,7 @@ def vllm_source(name):
     return (Path(spec.origin).parent / name).read_text()
 
 
-@pytest.mark.parametrize("where", [OnCpu(), OnGpus(0.5, eager=True, sleeps=True)])
+@pytest.mark.parametrize("where", [OnCpu(), OnGpus(0.5, num_parts=2)])
 def test_every_argument_and_variable_is_one_that_vllm_has(where):
     (known,) = (
         node

@@ -73,9 +73,13 @@ def test_engines_without_any_gpu_are_refused_with_the_keys():
         choose_engines(policy(colocated={"enabled": False}), ON_GPU, ON_GPU)
 
 
-def test_engines_of_several_gpus_are_refused_with_the_reason():
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2.*Set 1"):
-        choose_engines(policy(vllm_cfg={"tensor_parallel_size": 2}), ON_GPU, ON_GPU)
+def test_an_engine_of_several_gpus_takes_weights_through_the_object_store():
+    pairs = {"tensor_parallel_size": 2}
+    beside = choose_engines(policy(vllm_cfg=pairs), ON_GPU, ON_GPU)
+    assert (beside.count, beside.gpus_each, beside.place.bundles) == (4, 2, [{"CPU": 1.0}])
+    apart = choose_engines(policy(vllm_cfg=pairs, colocated=APART), ON_GPU, workers(6))
+    assert (apart.count, apart.place.worker_resources["GPU"]) == (1, 2)
+    assert beside.transport is None and apart.transport is None
 
 
 def test_weights_of_a_cpu_go_through_the_object_store_unless_another_way_is_asked_for():
