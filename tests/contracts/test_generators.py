@@ -153,7 +153,7 @@ class World:
     def start_vllm(self, number):
         place = place_single(uses_gpu=False)
         config = GroupConfig(
-            f"engine_{number}", place, MakeEngine(VLLMEngine), self.folder, 120.0, ENVIRONMENT
+            f"engine_{number}", place, MakeEngine(VLLMEngine), self.folder, 300.0, ENVIRONMENT
         )
         group = WorkerGroup(self.cluster, config)
         group.start()
