@@ -6,6 +6,7 @@ r"""Run a list of recipes, all of them, and write one table of what came of it.
 
 `table.json` and `table.html` are written anew after every run, so a list that is ended early has
 told all that it knew. Exit code 1: a run failed, broke a limit, or drifted from the baseline.
+2: the list can not be read.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from nemo_like.errors import ConfigError
 from nemo_like.observability.run_folder import read_lines
 from tools.suites import ROOT, SUITES, Line, command, read_suite
 
@@ -195,7 +197,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="default: a new one in results/suites")
     args = parser.parse_args()
 
-    lines = [line for line in read_suite(args.suite) if args.only in line.recipe]
+    try:
+        lines = [line for line in read_suite(args.suite) if args.only in line.recipe]
+    except (ConfigError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
     now = time.strftime("%Y%m%d-%H%M%S")
     folder = args.folder or ROOT / f"results/suites/{args.suite.stem}-{now}"
     folder.mkdir(parents=True)

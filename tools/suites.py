@@ -21,6 +21,7 @@ from nemo_like.config.command_line import parse
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.sft import SFTTree
 from nemo_like.config.tree import RunTree
+from nemo_like.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "configs/recipes/llm"
@@ -75,7 +76,7 @@ def read_suite(path: Path) -> list[Line]:
     """The lines of a list; `#` begins a comment.
 
     Raises:
-        ValueError: a line does not have the form that the module tells, or names no recipe.
+        ConfigError: a line does not have the form that the module tells, or names no recipe.
     """
     lines = []
     for number, text in enumerate(path.read_text().splitlines(), start=1):
@@ -83,7 +84,7 @@ def read_suite(path: Path) -> list[Line]:
             try:
                 lines.append(_line(words))
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                raise ConfigError(f"{path}, line {number}: {error}") from error
     return lines
 
 

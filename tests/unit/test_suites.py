@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_like.errors import ConfigError
 from tools.run_suite import (
     Result,
     final_metrics,
@@ -51,7 +52,7 @@ def test_a_line_is_recipe_form_minutes_limits_and_overrides(tmp_path):
 def test_a_line_of_another_form_is_refused_with_its_number(tmp_path, text, wrong):
     file = tmp_path / "some.txt"
     file.write_text(f"# first\n{text}\n")
-    with pytest.raises(ValueError, match=f"line 2: {wrong}"):
+    with pytest.raises(ConfigError, match=f"line 2: {wrong}"):
         read_suite(file)
 
 

@@ -127,6 +127,12 @@ def test_every_recipe_is_in_the_lists_once_with_a_limit(suite, form):
         tree_of(line.recipe, *line.overrides)
 
 
+def test_no_two_recipes_share_a_checkpoint_folder():
+    names = [name for name in NAMES if not name.endswith(".v2")]  # the same run under another name
+    folders = {tree_of(name).checkpointing.checkpoint_dir for name in names}
+    assert len(folders) == len(names)
+
+
 @each_recipe
 def test_the_tiny_form_is_the_same_algorithm_optimizer_and_backend_on_few_processes(name):
     full, tiny = tree_of(name), tree_of(name, *tiny_overrides(name))
