@@ -38,20 +38,12 @@ class Block:
 class Layout:
     """The blocks that make up a tensor of this shape; none is empty and no two overlap.
 
-    `ranks` are all that take part, those with an empty share too. With `block_of` the tensor is a
-    block of a larger one, of that shape, and taken for a whole one all the same.
+    `ranks` are all that take part, those with an empty share too.
     """
 
     shape: Shape
     blocks: tuple[Block, ...]
     ranks: tuple[int, ...]
-    block_of: Shape | None = None
-
-    @property
-    def cut(self) -> Shape:
-        """How many such blocks the larger tensor has along its rows, and along its columns."""
-        whole, own = self.block_of or self.shape, self.shape
-        return tuple(w // o for w, o in zip(whole[-2:], own[-2:], strict=True))
 
     def held_by(self, rank: int) -> Block | None:
         """The block that a rank holds."""

@@ -17,7 +17,7 @@ from nemo_like.errors import ConfigError
 from nemo_like.optim.block_step import BlockStep
 from nemo_like.optim.diagnostics import Stopwatch, sizes, spectrum, transport, untimed
 from nemo_like.optim.exchange import Exchange
-from nemo_like.optim.layout import Layout, Shape
+from nemo_like.optim.layout import Layout
 from nemo_like.optim.newton_schulz import polar
 from nemo_like.optim.norm import local
 from nemo_like.optim.rule import MuonRule
@@ -61,7 +61,6 @@ class Muon:
         self._batch = 1 if self._device.type == "cpu" else FILLING_ELEMENTS
         self._wire = rule.wire(parameters[0].dtype)
         self.plan = rule.plan(layouts, views, parameters[0].dtype)
-        self._cuts = [layout.cut for layout in layouts]
         self._pieces = list(self._pieces_here(layouts))
         self._num_parts = [
             sum(count for count, _, _ in views[matrix.parameter].shapes(matrix.shape))
@@ -178,13 +177,12 @@ class Muon:
             _split(now.active[number], [len(part) for part in parts])
             for number, parts in zip(numbers, stacks, strict=True)
         ]
-        alike: dict[tuple[Shape, Shape], list[tuple[int, int]]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
         for position, parts in enumerate(stacks):
-            cut = self._cuts[self.plan.matrices[numbers[position]].parameter]
             for k, part in enumerate(parts):
-                alike[part.shape[-2:], cut].append((position, k))
-        for (shape, cut), places in alike.items():
-            gain = self.rule.scale(shape[0] * cut[0], shape[1] * cut[1])
+                by_shape[part.shape[-2:]].append((position, k))
+        for shape, places in by_shape.items():
+            gain = self.rule.scale(*shape)
             for chunk in _chunks(places, [stacks[i][k].numel() for i, k in places], self._batch):
                 parts = [stacks[i][k] for i, k in chunk]
                 X = _joined(parts)

@@ -38,8 +38,7 @@ def step_sizes(config: OptimizerConfig, owned: Sequence[Owner]) -> dict[float, s
     sizes: dict[float, str] = {}
     for row in owned:
         for _, rows, columns in row.view.shapes(row.shape):
-            gain = rule.scale(rows * row.cut[0], columns * row.cut[1])
-            size = gain / math.sqrt(max(rows, columns))
+            size = rule.scale(rows, columns) / math.sqrt(max(rows, columns))
             sizes.setdefault(float(f"{size:.3g}"), f"{row.name}, {rows} x {columns}")
     return dict(sorted(sizes.items()))
 

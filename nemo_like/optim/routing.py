@@ -51,8 +51,7 @@ say where one ends.
 class Owner:
     """Who updates one parameter; `shape` and `numel` are of the whole tensor, over all ranks.
 
-    `view` says into which matrices Muon cuts it, `cut` is that of its layout. They are not stored:
-    another backend packs otherwise.
+    `view` says into which matrices Muon cuts it. It is not stored: another backend packs otherwise.
     """
 
     name: str
@@ -61,7 +60,6 @@ class Owner:
     optimizer: Algorithm
     reason: str
     view: View = WHOLE
-    cut: tuple[int, ...] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -136,15 +134,7 @@ def route(
         if cut.label:
             reason = f"{reason}: {cut.label}"
         rows.append(
-            Owner(
-                own[0],
-                shape,
-                math.prod(shape),
-                optimizer=chosen,
-                reason=reason,
-                view=cut,
-                cut=laid.cut,
-            )
+            Owner(own[0], shape, math.prod(shape), optimizer=chosen, reason=reason, view=cut)
         )
     return Routing(tuple(rows))
 

@@ -65,21 +65,21 @@ def megatron_layer_by_hand(
 
     `num_blocks` ranks have a part of each: rows of what fans out, columns of what fans in, and of
     what is not split the parts of q, k and v (or gate and up) in one matrix. Each is made
-    orthogonal alone, and as long as `scale(rows, columns)` of the whole matrix says. The order of
+    orthogonal alone, and as long as `scale(rows, columns)` of that part says. The order of
     rows does not matter: that of the updates is that of the momenta.
     """
     together = [["q", "k", "v"]] if not split_qkv else [["q"], ["k"], ["v"]]
     together += [["gate", "up"]] if not split_gate_up else [["gate"], ["up"]]
     found: dict[str, list[Tensor]] = {name: [] for name in momenta}
     for names in together:
-        gain = scale(sum(len(momenta[name]) for name in names), momenta[names[0]].shape[1])
         for block in range(num_blocks):
             parts = [momenta[name].chunk(num_blocks)[block] for name in names]
-            updates = gain * polar_by_hand(torch.cat(parts))
+            whole = torch.cat(parts)
+            updates = scale(*whole.shape) * polar_by_hand(whole)
             for name, rows in zip(names, updates.split([len(part) for part in parts]), strict=True):
                 found[name].append(rows)
     for name in ("o", "down"):
-        gain = scale(*momenta[name].shape)
-        found[name] = [(gain * polar_by_hand(c)).mT for c in momenta[name].chunk(num_blocks, 1)]
+        columns = momenta[name].chunk(num_blocks, 1)
+        found[name] = [(scale(*part.shape) * polar_by_hand(part)).mT for part in columns]
     cat = {name: torch.cat(parts) for name, parts in found.items()}
     return {name: part.mT if name in ("o", "down") else part for name, part in cat.items()}

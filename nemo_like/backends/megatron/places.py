@@ -83,8 +83,7 @@ class Place:
         """The layout of a tensor-parallel rank's part alone, as a tensor of its own."""
         _, shape = self.local_box(tp_rank)
         alone = self.ranks[:, tp_rank]
-        layout = layout_on(shape, alone, [Replicate(), self._of_sharers])
-        return Layout(layout.shape, layout.blocks, layout.ranks, block_of=self.entry.shape)
+        return layout_on(shape, alone, [Replicate(), self._of_sharers])
 
     def optimized(self, tp_rank: int, *, blockwise: bool) -> Layout:
         """The layout that the optimizer of a tensor-parallel rank works on."""
