@@ -12,6 +12,7 @@ from torch import Tensor
 from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.hf_export import TIED
 from nemo_like.errors import CheckpointError, ConfigError
+from nemo_like.ops.experts import apart
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -94,22 +95,7 @@ def random_weights(hf_config: Any, seed: int) -> Iterator[tuple[str, Tensor]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = new_hf_model(hf_config, device="cpu")
-    for name, parameter in model.named_parameters():
-        yield from _as_on_the_hub(name, parameter.detach())
-
-
-def _as_on_the_hub(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A weight as checkpoints have it: experts apart, which transformers hold in one tensor."""
-    layer, _, kind = name.partition(".experts.")
-    for number, expert in enumerate(weight if kind else ()):
-        if kind == "gate_up_proj":
-            gate, up = expert.chunk(2)
-            yield f"{layer}.experts.{number}.gate_proj.weight", gate
-            yield f"{layer}.experts.{number}.up_proj.weight", up
-        else:
-            yield f"{layer}.experts.{number}.{kind}.weight", expert
-    if not kind:
-        yield name, weight
+    yield from apart((name, weight.detach()) for name, weight in model.named_parameters())
 
 
 def fitting(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nemo_like.errors import ConfigError
 from nemo_like.interfaces import WeightSource
+from nemo_like.ops.experts import apart
 from nemo_like.rollout.completion import Completion
 from nemo_like.rollout.sampling import (
     Decode,
@@ -105,7 +106,7 @@ class HFEngine:
                 The engine then holds a mixture, and refuses to generate until a whole set arrives.
         """
         self._version = self._synced = None
-        parameters = self._model.state_dict()
+        parameters = dict(apart(self._model.state_dict().items()))
         delivery = Delivery(ExpectedWeights.of(self._model))
         for name, tensor in delivery.fitting(weights):
             parameters[name].copy_(tensor)

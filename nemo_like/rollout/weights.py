@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nemo_like.errors import CheckpointError
+from nemo_like.ops.experts import apart
 from nemo_like.weight_sync.digest import tensor_digest, weights_digest
 
 Shape = tuple[int, ...]
@@ -24,7 +25,8 @@ class ExpectedWeights:
     @classmethod
     def of(cls, hf_model: object) -> ExpectedWeights:
         """Those of a model of `transformers`, which may be on `meta`."""
-        shapes = {name: tuple(t.shape) for name, t in hf_model.state_dict().items()}  # type: ignore[attr-defined]
+        state = hf_model.state_dict()  # type: ignore[attr-defined]
+        shapes = {name: tuple(tensor.shape) for name, tensor in apart(state.items())}
         tied = hf_model.all_tied_weights_keys  # type: ignore[attr-defined]
         return cls(hf_model.config.model_type, shapes, dict(tied))  # type: ignore[attr-defined]
 

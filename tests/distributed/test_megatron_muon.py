@@ -217,7 +217,7 @@ def test_blockwise_is_exact_without_tensor_parallelism(pool, models, separate): 
 
 def test_blocks_without_a_whole_key_head_are_refused_or_one_matrix(pool, models):  # noqa: F811
     block = {"megatron_cfg": {TP: 4, "optimizer": {"muon_tp_mode": "blockwise"}}}
-    says = r"tensor_model_parallel_size: .*2 heads of keys .*; set muon_split_qkv=false"
+    says = r"tensor_model_parallel_size: .*2 heads of keys .*muon_split_qkv=false"
     with pytest.raises(AssertionError, match=says):
         updated(pool, models / "qwen3", 4, block)
     found, _ = updated(pool, models / "qwen3", 4, block, muon_split_qkv=False)
