@@ -40,7 +40,7 @@ def test_adamw_takes_the_steps_of_the_other_backend(models, pool, alone, label):
 
 
 @each_layout
-@pytest.mark.parametrize("optimizer", ["muon", "dist_muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("muon", marks=pytest.mark.slow), "dist_muon"])
 def test_muon_takes_the_steps_of_the_other_backend(models, pool, alone, label, optimizer):  # noqa: F811
     options = {"optimizer": {"optimizer": optimizer, "muon_bucket_mb": 0.02}}
     found = run(pool, models / "qwen3", label, options)
@@ -100,7 +100,9 @@ def alone_with_experts(moe, pool):
     return of
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon", "dist_muon"])
+@pytest.mark.parametrize(
+    "optimizer", ["adam", pytest.param("muon", marks=pytest.mark.slow), "dist_muon"]
+)
 @pytest.mark.parametrize("label", MOE_LAYOUTS)
 def test_experts_take_the_steps_of_one_process(moe, pool, alone_with_experts, label, optimizer):
     world, megatron = MOE_LAYOUTS[label]
