@@ -113,9 +113,9 @@ class RankBackend(StoredState):
     def logprobs(self, shard: Shard, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32) aligned with the shard's tokens; 0 without a target."""
         self.model.eval()
-        result = torch.zeros(len(shard.batch.token_ids_N))
+        result, parts = torch.zeros(len(shard.batch.token_ids_N)), _parts(shard)
         with self._reference_in_place() if reference else nullcontext():
-            for part, logprobs_N in zip(_parts(shard), self._forward(_parts(shard)), strict=True):
+            for part, logprobs_N in zip(parts, self._forward(parts), strict=True):
                 result[shard.batch.token_index(part.sequences)] = logprobs_N.float().cpu()
         return result
 

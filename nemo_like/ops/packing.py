@@ -37,6 +37,14 @@ class Rows:
         """The same rows on a device."""
         return Rows(*(t.to(device, non_blocking=True) for t in vars(self).values()))
 
+    def aligned(self, logprobs_M: Tensor, num_tokens: int) -> Tensor:
+        """What was found for the targets, where these are among the tokens; 0 elsewhere.
+
+        Shapes: [M] -> [N], with N = `num_tokens`.
+        """
+        zeros_N = logprobs_M.new_zeros(num_tokens)
+        return zeros_N.index_put((self.source_M.to(logprobs_M.device),), logprobs_M)
+
 
 def rows_of(batch: TrainBatch, micro_batch: MicroBatch, *, multiple: int = 1) -> Rows:
     """The rows of one micro-batch, all padded to the longest, rounded up to `multiple` tokens.

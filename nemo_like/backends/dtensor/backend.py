@@ -96,8 +96,7 @@ class DTensorBackend(RankBackend):
         logprobs_M = self.model(
             rows.input_ids_RT, rows.position_ids_RT, rows.predictor_M, rows.target_M
         )
-        zeros_N = logprobs_M.new_zeros(len(part.batch.token_ids_N))
-        return zeros_N.index_put((rows.source_M,), logprobs_M)
+        return rows.aligned(logprobs_M, len(part.batch.token_ids_N))
 
     def _finish_gradients(self) -> None:
         # FSDP2 has reduced its own. Without it, a weight that acts on every rank's heads (q_norm)

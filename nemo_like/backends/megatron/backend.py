@@ -106,7 +106,10 @@ class MegatronBackend(RankBackend):
     def _forward(self, parts: Sequence[Part]) -> list[Tensor]:
         rows = [self._rows(part) for part in parts]
         results = run(self.model, self.parallel, rows)
-        return [_aligned(x, r, p) for x, r, p in zip(results, rows, parts, strict=True)]
+        return [
+            own.aligned(found, len(part.batch.token_ids_N))
+            for found, own, part in zip(results, rows, parts, strict=True)
+        ]
 
     def _backward(self, parts: Sequence[Part], loss_of: LossOf) -> None:
         rows = [self._rows(part) for part in parts]
@@ -114,7 +117,9 @@ class MegatronBackend(RankBackend):
             self.model,
             self.parallel,
             rows,
-            lambda i, logprobs_M: loss_of(i, _aligned(logprobs_M, rows[i], parts[i])),
+            lambda i, logprobs_M: loss_of(
+                i, rows[i].aligned(logprobs_M, len(parts[i].batch.token_ids_N))
+            ),
         )
         self.masters.take_gradients()
         self._return_memory(level=1)
@@ -183,9 +188,3 @@ class MegatronBackend(RankBackend):
         self.parallel.destroy()
         if self._joined and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _aligned(logprobs_M: Tensor, rows: Rows, part: Part) -> Tensor:
-    """Log-probabilities of targets, where these are among the part's tokens. Shapes: [N]."""
-    zeros_N = logprobs_M.new_zeros(len(part.batch.token_ids_N))
-    return zeros_N.index_put((rows.source_M.to(logprobs_M.device),), logprobs_M)

@@ -71,6 +71,7 @@ class Masters:
             )
             for name, parameter in stage.global_parameters()
         }
+        self._gathered = list(_buckets(self._masters.values()))
         self._layouts = {id(master.weight): master.layout for master in self._masters.values()}
 
     def weights(self) -> dict[str, nn.Parameter]:
@@ -98,7 +99,7 @@ class Masters:
         for master in self._masters.values():
             if master.sharers is None and master.parameter.data_ptr() != master.weight.data_ptr():
                 master.parameter.copy_(master.weight)
-        for group, bucket in _buckets(self._masters.values()):
+        for group, bucket in self._gathered:
             _gather(bucket, group)
 
 
@@ -118,7 +119,7 @@ def _master(
         weight=nn.Parameter(own, requires_grad=parameter.requires_grad),
         rows=rows,
         offset=block.offset if block else place.entry.shape,
-        layout=place.optimized(tp_rank, blockwise=blockwise),
+        layout=place.optimized(tp_rank, blockwise=True) if blockwise else layout,
         sharers=sharers,
     )
 
