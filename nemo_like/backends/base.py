@@ -113,7 +113,7 @@ class RankBackend(StoredState):
     def logprobs(self, shard: Shard, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32) aligned with the shard's tokens; 0 without a target."""
         self.model.eval()
-        result, parts = torch.zeros(len(shard.batch.token_ids_N)), _parts(shard)
+        result, parts = torch.zeros(len(shard.batch.token_ids_N)), parts_of(shard)
         with self._reference_in_place() if reference else nullcontext():
             for part, logprobs_N in zip(parts, self._forward(parts), strict=True):
                 result[shard.batch.token_index(part.sequences)] = logprobs_N.float().cpu()
@@ -224,7 +224,7 @@ class RankBackend(StoredState):
     def _gradients(self, shard: Shard, loss: Loss) -> tuple[list[Tensor], Metrics]:
         """Make the gradients of all micro-batches together; the loss's shares and own metrics."""
         self.model.train()
-        parts = _parts(shard)
+        parts = parts_of(shard)
         shares: list[Tensor] = []
         collected: list[Metrics] = []
 
@@ -305,7 +305,8 @@ class RankBackend(StoredState):
         )
 
 
-def _parts(shard: Shard) -> list[Part]:
+def parts_of(shard: Shard) -> list[Part]:
+    """The micro-batches of a shard, each with the sequences that it needs."""
     found = []
     for micro_batch in shard.micro_batches:
         sequences = [sequence for row in micro_batch for sequence in row]

@@ -41,13 +41,16 @@ HEAD_LOST_S = "15"
 def import_ray() -> ModuleType:
     """The ray module.
 
-    Under `uv run`, Ray would build a second environment for its workers unless this is set before
-    the import. The other variable is about a warning: we say ourselves which GPUs a worker sees.
+    Under `uv run`, Ray would build a second environment for its workers, without what was installed
+    into this one, unless it is told not to: by an environment variable, which it reads when it is
+    imported, or by the constant that this became, since a user's module may have imported it first.
+    The other variable is about a warning: we say ourselves which GPUs a worker sees.
     """
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    constants: Any = import_module("ray._private.ray_constants")
+    constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     return ray
 
 

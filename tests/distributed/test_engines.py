@@ -57,6 +57,9 @@ class DiceEngine:
     def seen(self):
         return ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
 
+    def prefix(self):
+        return sys.prefix
+
     def generate(self, prompts, sampling, samples):
         self._fail_in("generate")
         time.sleep(0.1)  # long enough for all engines to be at work
@@ -198,8 +201,9 @@ class World:
         return self.generator.generate(PROMPTS, SAMPLING)
 
     def close(self):
-        self.generator.close()
-        self.generator.close()
+        if self.generator is not None:
+            self.generator.close()
+            self.generator.close()
         self.policy.close()
 
 
@@ -428,6 +432,13 @@ def test_an_engine_that_dies_on_the_way_to_sleep_is_replaced(world, expected):
     assert "engine" in world.said[-2] and "caught up" in world.said[-1]
     world.generator.sync(world.policy)
     assert drawn(world.generate()) == expected
+
+
+def test_workers_live_in_this_environment_though_ray_was_imported_before_us(the_world):
+    """As this file does: under `uv run`, Ray would otherwise make them another."""
+    group = the_world.group("environment", place_single(uses_gpu=False), MakeDice(the_world.faults))
+    assert group.call_all("prefix") == [sys.prefix]
+    group.close()
 
 
 def test_engines_sit_on_the_gpus_of_the_workers_that_they_share_them_with(the_world):

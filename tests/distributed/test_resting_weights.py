@@ -89,8 +89,10 @@ def test_a_resume_after_log_probabilities_takes_the_same_step(pool, model, tmp_p
 
 
 def export_between_forward_and_backward(model):
+    from nemo_like.backends.base import parts_of
+
     backend = backend_of(model, {})
-    backend._target_logprobs(shard_of(0).batch.select([0, 1]), ((0,), (1,)))
+    backend._logprobs(parts_of(shard_of(0))[0])
     try:
         next(backend.export_weights())
     except AssertionError as error:
@@ -109,7 +111,7 @@ def count_sums_over_copies(model):
     """All-reduces of a forward and backward pass of several micro-batches."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from nemo_like.losses.nll import NLL
+    from nemo_like.backends.base import parts_of
 
     class Sums(TorchDispatchMode):
         count = 0
@@ -119,11 +121,11 @@ def count_sums_over_copies(model):
             return func(*args, **(kwargs or {}))
 
     backend = backend_of(model, {"dp_replicate_size": 2}, precision="float32")
-    part = shard_of(0)
+    parts = parts_of(shard_of(0))
     with Sums() as seen:
-        backend._backward(part, NLL())
+        backend._backward(parts, lambda _, logprobs: logprobs.sum())
     backend.close()
-    return len(part.micro_batches), seen.count
+    return len(parts), seen.count
 
 
 def test_copies_add_up_their_gradients_once_per_step(pool, model):
