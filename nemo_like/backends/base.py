@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -55,7 +55,7 @@ class RankBackend(StoredState):
 
     A subclass says how sequences become log-probabilities and gradients (`_forward`, `_backward`),
     and how weights leave (`export_weights`); everything else about a step is here, once for all
-    backends.
+    backends. `leaving` is what ends with it: the process groups that it made.
     """
 
     def __init__(
@@ -67,12 +67,14 @@ class RankBackend(StoredState):
         policy: PolicyConfig,
         settings: BackendSettings,
         device: torch.device,
+        leaving: ExitStack,
     ) -> None:
         super().__init__(optimizer=optimizer, routing=routing, settings=settings)
         self.model = model
         self.policy = policy
         self._schedule: Schedule | None = None
         self.device = device
+        self._leaving = leaving
         self._reference: dict[str, Tensor] | None = None
         if settings.keep_reference:
             self._keep_reference()
@@ -303,6 +305,11 @@ class RankBackend(StoredState):
                 [muon.plan for muon in self.optimizer.muons],
             ),
         )
+
+    def close(self) -> None:
+        """Finish what is being written and leave all process groups; safe to call twice."""
+        super().close()
+        self._leaving.close()
 
 
 def parts_of(shard: Shard) -> list[Part]:

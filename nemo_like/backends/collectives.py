@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from datetime import timedelta
 
 import torch
@@ -19,10 +20,10 @@ def limit(seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def join_process_group() -> tuple[bool, torch.device]:
-    """Whether a process group was made here, and this rank's device.
+def join_process_group(leaving: ExitStack) -> torch.device:
+    """This rank's device, in a process group of all ranks that `leaving` ends if it began here.
 
-    It is a group of all ranks; of one, without an environment that describes more.
+    It is a group of one without an environment that describes more.
     """
     has_gpu = torch.cuda.is_available()
     device = torch.device("cpu")
@@ -31,11 +32,16 @@ def join_process_group() -> tuple[bool, torch.device]:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    joined = not dist.is_initialized()
-    if joined:
+    if not dist.is_initialized():
         backend = "cuda:nccl,cpu:gloo" if has_gpu else "gloo"
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return joined, device
+        leaving.callback(_leave)
+    return device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from nemo_like.assets import model_folder
 from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.hf_export import TIED
+from nemo_like.checkpoint.hf_import import read_hf_lazily
+from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import CheckpointError, ConfigError
 from nemo_like.ops.experts import apart
 
@@ -96,6 +100,31 @@ def random_weights(hf_config: Any, seed: int) -> Iterator[tuple[str, Tensor]]:
         torch.manual_seed(seed)
         model = new_hf_model(hf_config, device="cpu")
     yield from apart((name, weight.detach()) for name, weight in model.named_parameters())
+
+
+@dataclass(frozen=True)
+class FirstModel:
+    """What a policy begins with: its configuration, and weights, newborn or from its folder."""
+
+    hf_config: Any
+    folder: Path
+    newborn_seed: int | None
+
+    @classmethod
+    def of(cls, policy: PolicyConfig, *, seed: int) -> FirstModel:
+        """The model that the configuration names; `seed` is of newborn weights."""
+        is_newborn = policy.init == "random"
+        folder = model_folder(policy.model_name, with_weights=not is_newborn)
+        hf_config = load_hf_config(
+            folder, policy.hf_config_overrides, backend_key=policy.backend_key
+        )
+        return cls(hf_config, folder, seed if is_newborn else None)
+
+    def weights(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Sliceable]]:
+        """One tensor after the other, by Hugging Face name; the model has these shapes."""
+        if self.newborn_seed is not None:
+            return random_weights(self.hf_config, self.newborn_seed)
+        return read_hf_lazily(self.folder, shapes, tied=self.hf_config.tie_word_embeddings)
 
 
 def fitting(

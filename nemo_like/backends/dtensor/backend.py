@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -13,21 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from nemo_like.assets import model_folder
 from nemo_like.backends.base import LossOf, Part, RankBackend
 from nemo_like.backends.collectives import join_process_group
 from nemo_like.backends.dtensor import model as models
 from nemo_like.backends.dtensor.parallelize import build_mesh, shard_parameters, tensor_parallel
-from nemo_like.backends.hf_models import (
-    Sliceable,
-    config_content,
-    load_hf_config,
-    new_hf_model,
-    random_weights,
-)
+from nemo_like.backends.hf_models import FirstModel, config_content, new_hf_model
 from nemo_like.backends.settings import BackendSettings
 from nemo_like.checkpoint import rng
-from nemo_like.checkpoint.hf_import import read_hf_lazily
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
 from nemo_like.ops.packing import rows_of
@@ -46,7 +39,8 @@ class DTensorBackend(RankBackend):
 
     def __init__(self, policy: PolicyConfig, settings: BackendSettings) -> None:
         config = policy.dtensor_cfg
-        self._joined, device = join_process_group()
+        leaving = ExitStack()
+        device = join_process_group(leaving)
         if config.cpu_offload and device.type == "cpu":
             raise ConfigError(
                 "policy.dtensor_cfg.cpu_offload=true moves state from a GPU to the host, and this "
@@ -68,6 +62,7 @@ class DTensorBackend(RankBackend):
             policy=policy,
             settings=settings,
             device=device,
+            leaving=leaving,
         )
         # Tensor-parallel peers draw the same, as they compute on the same sequences.
         rng.seed(settings.seed, stream=dist.get_rank() // self.mesh["tp"].size())
@@ -108,12 +103,6 @@ class DTensorBackend(RankBackend):
             if gradient.placements != parameter.placements:
                 parameter.grad = gradient.redistribute(placements=parameter.placements)
 
-    def close(self) -> None:
-        """Finish what is being written and leave the process group; safe to call twice."""
-        super().close()
-        if self._joined and dist.is_initialized():
-            dist.destroy_process_group()
-
     def _weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._master_weights()}
 
@@ -145,10 +134,8 @@ def _build_model(
     policy: PolicyConfig, mesh: DeviceMesh, device: torch.device, settings: BackendSettings
 ) -> models.CausalLM:
     config = policy.dtensor_cfg
-    is_random = policy.init == "random"
-    folder = model_folder(policy.model_name, with_weights=not is_random)
-    hf_config = load_hf_config(folder, policy.hf_config_overrides, backend_key=policy.backend_key)
-    hf = new_hf_model(hf_config, device="meta")
+    first = FirstModel.of(policy, seed=settings.seed)
+    hf = new_hf_model(first.hf_config, device="meta")
     if config.activation_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     if config.tensor_parallel_size > 1:
@@ -164,10 +151,5 @@ def _build_model(
     )
     models.materialize(model, torch.device("cpu") if config.cpu_offload else device)
     shapes = {name: tuple(p.shape) for name, p in models.named_parameters(model)}
-    weights: Iterator[tuple[str, Sliceable]] = (
-        random_weights(hf_config, settings.seed)
-        if is_random
-        else read_hf_lazily(folder, shapes, tied=hf_config.tie_word_embeddings)
-    )
-    models.load_weights(model, weights)
+    models.load_weights(model, first.weights(shapes))
     return model

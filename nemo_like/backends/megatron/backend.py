@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -10,15 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_like.assets import model_folder
 from nemo_like.backends.base import LossOf, Part, RankBackend
 from nemo_like.backends.collectives import join_process_group
-from nemo_like.backends.hf_models import (
-    Sliceable,
-    config_content,
-    load_hf_config,
-    random_weights,
-)
+from nemo_like.backends.hf_models import FirstModel, config_content
 from nemo_like.backends.megatron.convert import EMBEDDING, WeightTable
 from nemo_like.backends.megatron.masters import Masters
 from nemo_like.backends.megatron.model import build_model
@@ -33,7 +28,6 @@ from nemo_like.backends.megatron.weights import (
 )
 from nemo_like.backends.settings import BackendSettings
 from nemo_like.checkpoint import rng
-from nemo_like.checkpoint.hf_import import read_hf_lazily
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.interfaces import Loss
 from nemo_like.ops.packing import Rows, rows_of
@@ -51,13 +45,12 @@ class MegatronBackend(RankBackend):
 
     def __init__(self, policy: PolicyConfig, settings: BackendSettings) -> None:
         config, active = policy.megatron_cfg, policy.active_optimizer
-        self._joined, device = join_process_group()
+        leaving = ExitStack()
+        device = join_process_group(leaving)
         self.parallel = initialize(config, device, seed=settings.seed)
-        is_random = policy.init == "random"
-        folder = model_folder(policy.model_name, with_weights=not is_random)
-        self.hf_config = load_hf_config(
-            folder, policy.hf_config_overrides, backend_key=policy.backend_key
-        )
+        leaving.callback(self.parallel.destroy)
+        first = FirstModel.of(policy, seed=settings.seed)
+        self.hf_config = first.hf_config
         self.table = WeightTable(
             self.hf_config,
             tp_size=self.parallel.size("tp"),
@@ -66,18 +59,13 @@ class MegatronBackend(RankBackend):
         model = build_model(
             policy, self.hf_config, self.parallel, device, temperature=settings.temperature
         )
-        weights: Iterator[tuple[str, Sliceable]] = (
-            random_weights(self.hf_config, settings.seed)
-            if is_random
-            else read_hf_lazily(folder, self.table.hf_shapes, tied=self.table.tied)
-        )
         blocks = local_blocks(
             self.table,
             dict(model.module.global_parameters()),
             tp_rank=self.parallel.rank("tp"),
             expert_tp_rank=self.parallel.rank("etp"),
         )
-        load_weights(self.table, blocks, weights)
+        load_weights(self.table, blocks, first.weights(self.table.hf_shapes))
         blockwise = active.is_muon and active.muon_tp_mode == "blockwise"
         self.masters = Masters(
             model.module,
@@ -100,6 +88,7 @@ class MegatronBackend(RankBackend):
             policy=policy,
             settings=settings,
             device=device,
+            leaving=leaving,
         )
         rng.seed(settings.seed, stream=self.parallel.rank("dp"))
 
@@ -181,10 +170,3 @@ class MegatronBackend(RankBackend):
     @cached_property
     def _whole_weights(self) -> WholeWeights:
         return WholeWeights(self.table, self.masters.blocks(self._weights()))
-
-    def close(self) -> None:
-        """Finish what is being written and leave all process groups; safe to call twice."""
-        super().close()
-        self.parallel.destroy()
-        if self._joined and dist.is_initialized():
-            dist.destroy_process_group()
