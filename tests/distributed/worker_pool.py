@@ -13,15 +13,13 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import cache
+from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 120.0
-MOST_RUNS = 30
-"""Runs after which workers are replaced: each makes process groups, whose threads wake up all the
-time until the process ends."""
 GRACE_S = 5.0
 """How long the other ranks may take to fail too, before they count as stuck in a collective."""
 _HERE = Path(__file__).parent
@@ -41,14 +39,12 @@ class WorkerPool:
         self._workers: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._runs = 0
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
-        if self._runs == MOST_RUNS or not all(worker.is_alive() for worker in self._workers):
+        if not all(worker.is_alive() for worker in self._workers):
             self.close()
         if not self._workers:
             self._start()
-        self._runs += 1
         call = pickle.dumps((inspect.getfile(function), function.__name__, args))
         for pipe in self._pipes:
             pipe.send_bytes(call)
@@ -62,7 +58,7 @@ class WorkerPool:
             pipe.close()
         if self._folder is not None:
             self._folder.cleanup()
-        self._workers, self._pipes, self._folder, self._runs = [], [], None, 0
+        self._workers, self._pipes, self._folder = [], [], None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -110,21 +106,28 @@ class WorkerPool:
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
-    """The life of a worker: join the group, then answer calls until the pipe closes."""
+    """The life of a worker: answer calls until the pipe closes, each in a group of its own.
+
+    What a call leaves of process groups ends with the next, when every rank has answered: their
+    threads wake up all the time.
+    """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     sys.path.insert(0, str(_HERE.parent / "reference"))
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, init_method=f"file://{store}")
     pipe.send_bytes(pickle.dumps((False, None)))
-    while True:
+    for number in count():
         try:
             file, name, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            address = f"file://{store}_{number}"
+            dist.init_process_group("gloo", rank=rank, world_size=world_size, init_method=address)
             torch.manual_seed(0)
             # Plain pickling: a connection of its own accord would put tensors into shared memory.
             answer = pickle.dumps((False, getattr(_module(file), name)(*args)))

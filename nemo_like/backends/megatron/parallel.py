@@ -72,21 +72,8 @@ class Parallel:
         return self.mesh if dim in DENSE else self.expert_mesh
 
     def destroy(self) -> None:
-        """Leave megatron-core's groups; the default process group stays. Safe to call twice."""
+        """Take back what megatron-core keeps for the whole process. Safe to call twice."""
         self._undo.close()
-
-
-def _end(groups: set[dist.ProcessGroup]) -> None:
-    """End these process groups: each has threads of its own, which megatron-core leaves running."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    for group in groups & _groups():
-        dist.destroy_process_group(group)
-
-
-def _groups() -> set[dist.ProcessGroup]:
-    return set(dist.distributed_c10d._world.pg_map)
 
 
 def initialize(config: MegatronConfig, device: torch.device, *, seed: int = 0) -> Parallel:
@@ -103,7 +90,6 @@ def initialize(config: MegatronConfig, device: torch.device, *, seed: int = 0) -
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    before = _groups()
     ps.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -130,6 +116,5 @@ def initialize(config: MegatronConfig, device: torch.device, *, seed: int = 0) -
         ranks = torch.arange(world).view([group.size() for group in own])
         return DeviceMesh.from_group(own, device.type, ranks, mesh_dim_names=dims)
 
-    parallel = Parallel(mesh(DENSE), mesh(EXPERT), device, undo)
-    undo.callback(_end, _groups() - before)
-    return parallel
+    undo.callback(ps.destroy_model_parallel)
+    return Parallel(mesh(DENSE), mesh(EXPERT), device, undo)
