@@ -28,23 +28,17 @@ from nemo_like.checkpoint.dcp_storage import Reader, read_metadata, translating_
 from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.store import VALUES
 from nemo_like.config.draft import show, walk
-from nemo_like.errors import CheckpointError, NemoLikeError
+from nemo_like.errors import CheckpointError
+from tools.command_line import Parser, run
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
-    options = _parser().parse_args(argv)
-    try:
-        return int(options.command(options))
-    except NemoLikeError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return run(_parser(), argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, help_line in (
         ("list", _list, "every checkpoint of a folder: step, size, metrics"),

@@ -37,23 +37,17 @@ from nemo_like.config.report import report, unknown_key
 from nemo_like.config.schema import defaults, is_known, known_paths
 from nemo_like.config.sft import SFTTree
 from nemo_like.config.tree import RunTree
-from nemo_like.errors import ConfigError, NemoLikeError
+from nemo_like.errors import ConfigError
+from tools.command_line import Parser, run
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
-    options = _parser().parse_args(argv)
-    try:
-        return int(options.command(options))
-    except NemoLikeError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return run(_parser(), argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     expand = commands.add_parser("expand", help="print the whole resolved configuration")
     minimize = commands.add_parser("minimize", help="print a file without what it inherits anyway")

@@ -13,6 +13,8 @@ saved the state can write it:
     names = {p: name for name, p in model.named_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
     Path("muon.txt").write_text("\n".join(order))
+
+Experts may be apart, as on the hub, or all in one tensor, as transformers hold them.
 """
 
 from __future__ import annotations
@@ -27,8 +29,7 @@ from typing import Any
 
 import torch
 
-from nemo_like.backends.dtensor.model import named_parameters
-from nemo_like.backends.hf_models import load_hf_config, new_hf_model
+from nemo_like.backends.hf_models import hub_shapes, load_hf_config, new_hf_model
 from nemo_like.checkpoint import rng
 from nemo_like.checkpoint.checkpoints import Checkpoints, RunIdentity
 from nemo_like.checkpoint.hf_import import read_hf
@@ -36,30 +37,31 @@ from nemo_like.checkpoint.layout import MODEL, OPTIMIZER
 from nemo_like.checkpoint.manifest import RunLayout
 from nemo_like.checkpoint.store import StateWriter
 from nemo_like.config.run import CheckpointingConfig
-from nemo_like.errors import CheckpointError, NemoLikeError
+from nemo_like.errors import CheckpointError, ConfigError
+from nemo_like.ops.experts import apart
 from nemo_like.optim.foreign import read_foreign
+from tools.command_line import Parser, run
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--weights", type=Path, required=True, help="a Hugging Face model folder")
     parser.add_argument("--state", type=Path, nargs="+", required=True, help="saved state_dicts")
     parser.add_argument("--names", type=Path, nargs="+", help="their parameters' names, in order")
     parser.add_argument("--out", type=Path, required=True, help="a new folder of checkpoints")
-    options = parser.parse_args(argv)
-    if options.names is not None and len(options.names) != len(options.state):
-        parser.error("--names takes one file per --state")
+    return run(parser, argv, _import)
+
+
+def _import(options: argparse.Namespace) -> int:
     names = options.names or [None] * len(options.state)
-    try:
-        made = make_checkpoint(
-            options.weights, list(zip(options.state, names, strict=True)), out=options.out
+    if len(names) != len(options.state):
+        raise ConfigError(
+            f"--names takes one file per --state: found {len(names)} for {len(options.state)}"
         )
-    except NemoLikeError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    made = make_checkpoint(
+        options.weights, list(zip(options.state, names, strict=True)), out=options.out
+    )
     print(f"wrote {made}; start from it with checkpointing.start_from={made}")
     return 0
 
@@ -68,10 +70,11 @@ def make_checkpoint(
     weights: Path, states: Sequence[tuple[Path, Path | None]], *, out: Path
 ) -> Path:
     """The folder of a checkpoint of step 0, in which no data have been read yet."""
-    config = load_hf_config(weights, {}, backend_key="dtensor_cfg")
-    parameters = named_parameters(new_hf_model(config, device="meta"))
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
-    tree, owners = _read_states(states, shapes)
+    config = load_hf_config(weights, {}, backend_key="megatron_cfg")  # which has every family
+    shapes = hub_shapes(config)
+    held = new_hf_model(config, device="meta").named_parameters()
+    known = shapes | {name: tuple(parameter.shape) for name, parameter in held}
+    tree, owners = _read_states(states, known)
     if missing := sorted(shapes.keys() - owners.keys()):
         raise CheckpointError(
             f"the states lack {len(missing)} parameters of {weights}: {', '.join(missing[:5])}"
@@ -105,12 +108,12 @@ def _read_states(
         listed = None if names is None else names.read_text(encoding="utf-8").split()
         try:
             part, part_owners = read_foreign(saved, shapes, listed)
+            part, part_owners = _by_hub_names(part, part_owners)
+            if twice := sorted(owners.keys() & part_owners.keys()):
+                raise CheckpointError(f"{twice[0]} is in another state too")
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        if twice := sorted(owners.keys() & part_owners.keys()):
-            raise CheckpointError(f"{path}: {twice[0]} is in another state too")
-        tree["state"] |= {name: _in_fp32(tensors) for name, tensors in part["state"].items()}
-        tree["steps"] |= part["steps"]
+        tree = {kind: tree[kind] | part[kind] for kind in tree}
         owners |= part_owners
         counts = Counter(part_owners.values())
         print(f"{path}: " + ", ".join(f"{count} of {name}" for name, count in counts.items()))
@@ -128,8 +131,20 @@ def _load(path: Path) -> Any:
         raise CheckpointError(f"{path} can not be read safely: {reason}") from error
 
 
-def _in_fp32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: tensor.float() for key, tensor in tensors.items()}
+def _by_hub_names(
+    tree: Mapping[str, Any], owners: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The same in fp32, with the state of each expert by itself."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    whole_of: dict[str, str] = {}
+    for whole, tensors in tree["state"].items():
+        for key, tensor in tensors.items():
+            for name, block in apart([(whole, tensor.float())]):
+                if whole_of.setdefault(name, whole) != whole:
+                    raise CheckpointError(f"{name} is there by itself and in {whole}")
+                state.setdefault(name, {})[key] = block
+    steps = {n: tree["steps"][w] for n, w in whole_of.items() if w in tree["steps"]}
+    return {"state": state, "steps": steps}, {n: owners[w] for n, w in whole_of.items()}
 
 
 if __name__ == "__main__":

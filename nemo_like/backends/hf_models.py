@@ -91,6 +91,12 @@ def new_hf_model(hf_config: Any, *, device: str) -> Any:
     return model
 
 
+def hub_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight under its name on the hub, tied ones once; none has memory."""
+    named = new_hf_model(hf_config, device="meta").named_parameters()
+    return {name: tuple(weight.shape) for name, weight in apart(named)}
+
+
 def random_weights(hf_config: Any, seed: int) -> Iterator[tuple[str, Tensor]]:
     """A newborn model's weights, from configuration and seed alone, whatever backend and layout.
 

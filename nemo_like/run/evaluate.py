@@ -37,16 +37,13 @@ class SavedWeights:
         """Whole tensors by name; raises before the first one if they are not the model's."""
         import torch
 
-        from nemo_like.backends.dtensor.model import named_parameters
-        from nemo_like.backends.hf_models import load_hf_config, new_hf_model
+        from nemo_like.backends.hf_models import hub_shapes, load_hf_config
 
         folder = model_folder(self.policy.model_name, with_weights=True)
         config = load_hf_config(
             folder, self.policy.hf_config_overrides, backend_key=self.policy.backend_key
         )
-        parameters = named_parameters(new_hf_model(config, device="meta"))
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
-        for name, tensor in read_hf(folder, shapes, tied=config.tie_word_embeddings):
+        for name, tensor in read_hf(folder, hub_shapes(config), tied=config.tie_word_embeddings):
             yield name, tensor.to(getattr(torch, self.policy.precision))
 
 
