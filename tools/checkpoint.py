@@ -27,7 +27,7 @@ from nemo_like.checkpoint.boxes import LoadPlanner
 from nemo_like.checkpoint.dcp_storage import Reader, read_metadata, translating_dcp_errors
 from nemo_like.checkpoint.files import read_json
 from nemo_like.checkpoint.store import VALUES
-from nemo_like.config.draft import show, walk
+from nemo_like.config.draft import differing, show
 from nemo_like.errors import CheckpointError
 from tools.command_line import Parser, run
 
@@ -128,16 +128,12 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _config(step: Path) -> dict[str, Any]:
-    values = yaml.safe_load((step / layout.CONFIG).read_text(encoding="utf-8")) or {}
-    return {".".join(path): value for path, value in walk(values) if not isinstance(value, dict)}
+    return yaml.safe_load((step / layout.CONFIG).read_text(encoding="utf-8")) or {}
 
 
-def _differences(what: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
-    absent = object()
-    for name in dict.fromkeys([*first, *second]):
-        if first.get(name, absent) != second.get(name, absent):
-            sides = (show(each[name]) if name in each else "(absent)" for each in (first, second))
-            yield f"{what} {name}: {' -> '.join(sides)}"
+def _differences(what: str, first: dict[str, Any], second: dict[str, Any]) -> Iterator[str]:
+    for name, sides in differing(first, second).items():
+        yield f"{what} {name}: {' -> '.join(sides)}"
 
 
 def _tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from nemo_like.config import compose
 from nemo_like.config.command_line import parse, to_yaml
-from nemo_like.config.draft import DEFAULT, Origin, find, show, split
+from nemo_like.config.draft import DEFAULT, Origin, differing, find, leaves, show, split
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.layers import (
     INHERITS,
@@ -32,7 +32,7 @@ from nemo_like.config.layers import (
     shown,
     values_of,
 )
-from nemo_like.config.migrate import LEFT_OUT, TREES, Migration, account, leaves, migrate
+from nemo_like.config.migrate import LEFT_OUT, TREES, Migration, account, migrate
 from nemo_like.config.report import report, unknown_key
 from nemo_like.config.schema import defaults, is_known, known_paths
 from nemo_like.config.sft import SFTTree
@@ -82,20 +82,13 @@ def _expand(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    first, second = (
-        dict(leaves(_tree(options, name, ()).model_dump(mode="json")))
-        for name in (options.file, options.other)
+    trees = (
+        _tree(options, name, ()).model_dump(mode="json") for name in (options.file, options.other)
     )
-    absent = object()
-    differing = [
-        path
-        for path in dict.fromkeys([*first, *second])
-        if first.get(path, absent) != second.get(path, absent)
-    ]
-    for path in differing:
-        sides = (show(tree[path]) if path in tree else "(absent)" for tree in (first, second))
-        print(f"{'.'.join(path)}: {' -> '.join(sides)}")
-    return int(bool(differing))
+    found = differing(*trees)
+    for key, sides in found.items():
+        print(f"{key}: {' -> '.join(sides)}")
+    return int(bool(found))
 
 
 def _tree(options: argparse.Namespace, name: str, overrides: Sequence[str]) -> RunTree:

@@ -129,3 +129,21 @@ def walk(values: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield (*path, str(name)), value
         if isinstance(value, dict):
             yield from walk(value, (*path, str(name)))
+
+
+def leaves(values: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every key with a value of its own: lists and empty sections are values."""
+    for path, value in walk(values):
+        if (not isinstance(value, dict) or not value) and path[-1] != "_override_":
+            yield path, value
+
+
+def differing(*trees: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The keys in which nested values differ, each with what every one of them has there."""
+    flat = [{".".join(path): value for path, value in leaves(tree)} for tree in trees]
+    keys = dict.fromkeys(key for each in flat for key in each)
+    return {
+        key: tuple(show(each[key]) if key in each else "(absent)" for each in flat)
+        for key in keys
+        if any(key not in each or each[key] != flat[0].get(key) for each in flat)
+    }

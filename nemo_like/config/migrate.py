@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from nemo_like.config import compat, compose
 from nemo_like.config.absent import ABSENT, IGNORED
-from nemo_like.config.draft import Draft, Origin, Problem, find, show, split, walk
+from nemo_like.config.draft import Draft, Origin, Problem, find, leaves, show, split
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.layers import Files, Interpolation, read_inherited
 from nemo_like.config.megatron import NOT_HERE
@@ -173,13 +173,6 @@ def _entry(path: str, reasons: Mapping[str, str]) -> str:
     heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     within = (key for key in reasons if key.startswith(f"{path}."))
     return next((head for head in heads if head in reasons), "") or next(within, "")
-
-
-def leaves(values: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every key with a value of its own: lists and empty sections are values."""
-    for path, value in walk(values):
-        if (not isinstance(value, dict) or not value) and path[-1] != "_override_":
-            yield path, value
 
 
 def sparse(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

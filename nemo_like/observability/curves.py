@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from nemo_like.observability.run_folder import read_lines
 
-Points = dict[int, float]
-"""The value of a metric at each step, in the order of the steps."""
+Points = dict[float, float]
+"""The value of a metric at each step (or second), in their order."""
 Series = dict[str, Points]
 
 _MOST_POINTS = 800
@@ -27,6 +29,7 @@ class Chart:
     title: str
     lines: Series
     unit: str = ""
+    across: str = "step"
     is_stacked: bool = False
     is_share: bool = False
     is_noisy: bool = False
@@ -89,13 +92,48 @@ def charts_of(series: Mapping[str, Points]) -> list[Chart]:
     return charts + _phases(series)
 
 
+def comparison_of(
+    runs: Mapping[str, Series], metrics: Iterable[str], *, across: Literal["step", "seconds"]
+) -> list[Chart]:
+    """A chart for each metric with a line for each run, which is empty where the run lacks it."""
+    charts = []
+    for metric in metrics:
+        lines = {
+            name: thinned(_points(series, metric, by_seconds=across == "seconds"))
+            for name, series in runs.items()
+        }
+        known = [entry for entry in _CHARTS if re.fullmatch(entry[2], metric)]
+        title, unit, _ = known[0] if known else ("", "", "")
+        charts.append(
+            Chart(
+                metric,
+                lines,
+                unit="" if unit == "%" else unit,
+                across=across,
+                is_share=unit == "%",
+                is_noisy=title in _NOISY,
+            )
+        )
+    return charts
+
+
+def _points(series: Series, metric: str, *, by_seconds: bool) -> Points:
+    """The values at each step, or at the seconds that the steps up to it took together."""
+    points = series.get(metric, {})
+    if not by_seconds:
+        return points
+    took = series.get("performance/wall_s", {})
+    clock = dict(zip(took, itertools.accumulate(took.values()), strict=True))
+    return {clock.get(step, 0.0): value for step, value in points.items()}
+
+
 def thinned(points: Points) -> Points:
     """At most 800 points that look the same: the lowest and the highest of each stretch."""
     if len(points) <= _MOST_POINTS:
         return points
     steps = list(points)
     size = math.ceil(2 * len(steps) / _MOST_POINTS)
-    kept: set[int] = {steps[0], steps[-1]}
+    kept: set[float] = {steps[0], steps[-1]}
     for start in range(0, len(steps), size):
         stretch = [s for s in steps[start : start + size] if math.isfinite(points[s])]
         if stretch:

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from nemo_like.observability.curves import Points
 
 
 @dataclass(frozen=True)
 class Headline:
-    """How a metric is called and written; `is_result` if it also says what a whole run came to."""
+    """How a metric is called and written; `is_result` if it also says what a whole run came to.
+
+    `better` is the way that it should go, where there is one.
+    """
 
     metric: str
     label: str
     form: str
     is_result: bool = True
+    better: Literal["lower", "higher"] | None = None
 
 
 HEADLINES = (
-    Headline("train/loss", "loss", "{:.4f}"),
-    Headline("validation/val_loss", "held-out loss", "{:.4f}"),
-    Headline("validation/accuracy", "held-out accuracy", "{:.1%}"),
-    Headline("train/reward", "reward", "{:.3f}"),
+    Headline("train/loss", "loss", "{:.4f}", better="lower"),
+    Headline("validation/val_loss", "held-out loss", "{:.4f}", better="lower"),
+    Headline("validation/accuracy", "held-out accuracy", "{:.1%}", better="higher"),
+    Headline("train/reward", "reward", "{:.3f}", better="higher"),
     Headline("train/rollout_age_steps", "age", "{:.0f}", is_result=False),
     Headline("train/grad_norm", "grad norm", "{:.3g}", is_result=False),
     Headline("train/lr", "lr", "{:.2e}", is_result=False),
-    Headline("performance/tokens_per_s", "tokens/s", "{:,.0f}"),
-    Headline("performance/mfu", "MFU", "{:.1%}"),
+    Headline("performance/tokens_per_s", "tokens/s", "{:,.0f}", better="higher"),
+    Headline("performance/mfu", "MFU", "{:.1%}", better="higher"),
 )
 
 
@@ -47,3 +53,20 @@ def headlines(series: Mapping[str, Points]) -> dict[str, str]:
     if steps := list(series.get("train/loss", {})):
         found["steps"] = f"{steps[-1]:,}"
     return found
+
+
+def outcome(metric: str, points: Points) -> tuple[str, str]:
+    """The final value of a metric, or the median of a speed; and the best, or how far it went."""
+    named = [headline for headline in HEADLINES if headline.metric == metric]
+    form = named[0].form if named else "{:.4g}"
+    values = {step: value for step, value in points.items() if math.isfinite(value)}
+    last = list(points.values())[-1]
+    if not values:
+        return form.format(last), ""
+    low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    if metric.startswith("performance/"):
+        return form.format(statistics.median(values.values())), "median"
+    if named and named[0].better:
+        best = low if named[0].better == "lower" else high
+        return form.format(last), f"best {form.format(values[best])} at step {best}"
+    return form.format(last), f"{form.format(values[low])} to {form.format(values[high])}"

@@ -1,11 +1,13 @@
-"""Charts as SVG text that takes its colours and font from the page around it."""
+"""Charts as SVG text that takes its colours and font from the page around it, or as a picture."""
 
 from __future__ import annotations
 
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_like.observability.curves import Chart, smoothed
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 _INK, _LINE = "#010203", "#010204"
 """Colours that nothing else has: they become CSS variables, so a drawing is light and dark."""
-_COLOURS = (
+_GREY, _LIGHT_GREY = "#808080", "#80808050"
+"""Readable on white and on black."""
+COLOURS = (
     *("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16"),
     *("#a16207", "#64748b", "#1e3a8a", "#be123c"),
 )
@@ -42,14 +46,53 @@ def draw(chart: Chart) -> Drawing:
     with mpl.rc_context(style):
         figure = Figure(figsize=(12.2 if chart.is_stacked else 6.0, 2.9), layout="constrained")
         figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        _stack(axes, chart) if chart.is_stacked else _lines(axes, chart)
-        _dress(axes, chart)
+        _fill(figure.add_subplot(), chart, ink=_INK, line=_LINE)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = _adapted(buffer.getvalue(), chart.title)
-    legend = tuple(zip(chart.lines, _repeated(len(chart.lines)), strict=True))
-    return Drawing(chart.title, svg, legend if len(legend) > 1 else (), is_wide=chart.is_stacked)
+    colours = zip(chart.lines, _repeated(len(chart.lines)), strict=True)
+    legend = tuple((name, colour) for name, colour in colours if chart.lines[name])
+    return Drawing(
+        chart.title, svg, legend if len(chart.lines) > 1 else (), is_wide=chart.is_stacked
+    )
+
+
+def save_picture(charts: Sequence[Chart], path: Path, *, columns: int = 3) -> None:
+    """Write charts of the same lines side by side, as PNG on white or as SVG on nothing."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    columns = min(columns, len(charts))
+    rows = math.ceil(len(charts) / columns)
+    names = list(charts[0].lines)
+    is_svg = path.suffix == ".svg"
+    with mpl.rc_context({"svg.hashsalt": "picture", "font.size": 9}):
+        figure = Figure(figsize=(4.3 * columns, 2.6 * rows + 0.35), layout="constrained")
+        figure.patch.set_alpha(0 if is_svg else 1)
+        for number, chart in enumerate(charts, start=1):
+            axes = figure.add_subplot(rows, columns, number)
+            _fill(axes, chart, ink=_GREY, line=_LIGHT_GREY)
+            axes.set_title(chart.title, loc="left", fontsize=10, color=_GREY)
+        patches = [
+            Patch(color=colour, label=name)
+            for name, colour in zip(names, _repeated(len(names)), strict=True)
+        ]
+        figure.legend(
+            handles=patches,
+            loc="outside upper left",
+            ncols=max(1, min(len(names), 2 * columns)),
+            frameon=False,
+            labelcolor=_GREY,
+            handlelength=1,
+        )
+        metadata = {"Date": None, "Creator": None} if is_svg else {"Software": None}
+        figure.savefig(path, dpi=160, metadata=metadata)
+
+
+def _fill(axes: Axes, chart: Chart, *, ink: str, line: str) -> None:
+    _stack(axes, chart) if chart.is_stacked else _lines(axes, chart)
+    _dress(axes, chart, ink=ink, line=line)
 
 
 def _lines(axes: Axes, chart: Chart) -> None:
@@ -86,30 +129,30 @@ def _stack(axes: Axes, chart: Chart) -> None:
     axes.margins(x=0.02)
 
 
-def _dress(axes: Axes, chart: Chart) -> None:
+def _dress(axes: Axes, chart: Chart, *, ink: str, line: str) -> None:
     """Axes and grid in the colours of the page."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
     axes.patch.set_alpha(0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_LINE)
-    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.spines["bottom"].set_color(line)
+    axes.grid(axis="y", color=line, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, length=0)
+    axes.tick_params(colors=ink, length=0)
     axes.tick_params(which="minor", left=False, labelleft=False)
-    axes.set_xlabel("step", color=_INK)
+    axes.set_xlabel(chart.across, color=ink)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     if chart.unit:
-        axes.set_ylabel(chart.unit, color=_INK)
+        axes.set_ylabel(chart.unit, color=ink)
     if chart.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.yaxis.get_offset_text().set_color(_INK)
+    axes.yaxis.get_offset_text().set_color(ink)
     if axes.get_ylim()[1] >= 10_000:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _repeated(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 def _adapted(svg: str, title: str) -> str:

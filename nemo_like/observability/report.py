@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_like.errors import ConfigError, NemoLikeError
+from nemo_like.errors import NemoLikeError
 from nemo_like.observability.curves import charts_of, read_series
 from nemo_like.observability.headlines import headlines
 from nemo_like.observability.records import is_number
@@ -19,21 +19,11 @@ from nemo_like.observability.run_folder import RunFolder, read_lines
 
 def write_report(folder: RunFolder) -> Path:
     """The path of `report.html`, made new from the files of the folder."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     from nemo_like.observability.plots import draw
 
     series = read_series(folder.metrics)
-    # Everything is escaped, whatever the file's name, since answers of a model may be anything.
-    environment = Environment(
-        loader=PackageLoader("nemo_like.observability", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.tests["number_text"] = is_number
-    page = environment.get_template("report.html.jinja").render(
+    page = render(
+        "report.html.jinja",
         name=folder.path.resolve().name,
         headlines=headlines(series),
         charts=[draw(chart) for chart in charts_of(series)],
@@ -48,6 +38,24 @@ def write_report(folder: RunFolder) -> Path:
     return folder.report
 
 
+def render(template: str, *, beside: Path | None = None, **values: Any) -> str:
+    """The page that a template here, or in the folder `beside`, makes of values."""
+    from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
+
+    # Everything is escaped, whatever the file's name, since answers of a model may be anything.
+    environment = Environment(
+        loader=ChoiceLoader(
+            [PackageLoader("nemo_like.observability", "."), FileSystemLoader(beside or [])]
+        ),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["number_text"] = is_number
+    return environment.get_template(template).render(values)
+
+
 def main() -> int:
     """Make the report of a log folder again; returns the exit code."""
     from nemo_like.observability.console import RunConsole
@@ -57,12 +65,7 @@ def main() -> int:
     path: Path = parser.parse_args().folder
     console = RunConsole()
     try:
-        if not (path / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"{path} holds no metrics.jsonl; expected the log folder of a run, such as "
-                "logs/exp_001 (see logger.log_dir)"
-            )
-        console.say(str(write_report(RunFolder(path))))
+        console.say(str(write_report(RunFolder.of_run(path))))
     except NemoLikeError as error:
         console.say(str(error))
         return error.exit_code

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_like.errors import DataError
+from nemo_like.errors import ConfigError, DataError
 from nemo_like.observability.records import Answer, Table
 from nemo_like.observability.secrets import redact_tree
 
@@ -61,6 +61,21 @@ class RunFolder:
         folder.path.mkdir(parents=True, exist_ok=True)
         for log in (folder.metrics, folder.samples):
             truncate_after(log, step)
+        return folder
+
+    @classmethod
+    def of_run(cls, path: Path) -> RunFolder:
+        """The folder of a run that has logged something.
+
+        Raises:
+            ConfigError: there is no such run in it.
+        """
+        folder = cls(path)
+        if not folder.metrics.is_file():
+            raise ConfigError(
+                f"{path} holds no metrics.jsonl; expected the log folder of a run, such as "
+                "logs/exp_001 (see logger.log_dir)"
+            )
         return folder
 
     @property
