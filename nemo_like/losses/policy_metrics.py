@@ -41,8 +41,8 @@ def policy_metrics(
 
     All arithmetic is in fp64, and one transfer brings the results from the device.
     """
-    advantages_N, sampled_N = batch.advantages_N, batch.sampled_logprobs_N
-    assert advantages_N is not None and sampled_N is not None
+    sampled_N, mask_N = batch.sampled_logprobs_N, batch.loss_mask_N
+    assert sampled_N is not None
     gap_N = (old_N - sampled_N).double()
     error_N = gap_N.abs().exp()
     zero_N = torch.zeros_like(gap_N)
@@ -62,16 +62,10 @@ def policy_metrics(
     if weights.outside_N is not None:
         means["is_oob_ratio"] = weights.outside_N
     if not config.disable_ppo_ratio:
-        low, high = 1 - config.ratio_clip_min, 1 + config.ratio_clip_max
-        clamped_N = ratio_N.clamp(low, high)
-        means["probs_ratio_clamped"] = extremes["probs_ratio_clamped"] = clamped_N
-        sinks_N, rises_N = advantages_N < 0, advantages_N > 0
-        if config.use_cispo:
-            sinks_N = rises_N = advantages_N != 0
-        means["clip_fraction_low"] = (ratio_N < low) & sinks_N
-        means["clip_fraction_high"] = (ratio_N > high) & rises_N
+        clipped = _clipping(config, batch, ratio_N)
+        means |= clipped
+        extremes["probs_ratio_clamped"] = clipped["probs_ratio_clamped"]
 
-    mask_N = batch.loss_mask_N
     rows = [mask_N.sum(), (sums(mask_N, batch.lengths_B) > 0).sum(), _highest(error_N, mask_N)]
     rows += [torch.where(mask_N, values_N, 0.0).double().sum() for values_N in means.values()]
     for values_N in extremes.values():
@@ -91,6 +85,21 @@ def policy_metrics(
         metrics[f"{name}_min"] = Metric(least, "min")
         metrics[f"{name}_max"] = Metric(greatest, "max")
     return metrics
+
+
+def _clipping(config: ClippedPGConfig, batch: TrainBatch, ratio_N: Tensor) -> dict[str, Tensor]:
+    """What the clip leaves of the ratio, and the tokens that each of its ends acts on."""
+    advantages_N = batch.advantages_N
+    assert advantages_N is not None
+    low, high = 1 - config.ratio_clip_min, 1 + config.ratio_clip_max
+    sinks_N, rises_N = advantages_N < 0, advantages_N > 0
+    if config.use_cispo:
+        sinks_N = rises_N = advantages_N != 0
+    return {
+        "probs_ratio_clamped": ratio_N.clamp(low, high),
+        "clip_fraction_low": (ratio_N < low) & sinks_N,
+        "clip_fraction_high": (ratio_N > high) & rises_N,
+    }
 
 
 def _js_divergence(gap_N: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from nemo_like.environments.routed import RoutedEnvironment
 from nemo_like.errors import ConfigError
 from nemo_like.interfaces import Environment, Generator
 from nemo_like.rollout.turns import ConversingGenerator
-from nemo_like.run.session import read_model_config
+from nemo_like.run.model_config import read_model_config
 
 
 def build_environment(name: str, config: EnvConfig, *, say: Say) -> Environment:

@@ -30,8 +30,9 @@ from nemo_like.observability.records import Answer
 from nemo_like.ops.rewards import is_solved
 from nemo_like.run.build import Batchings, machines, policy_factory
 from nemo_like.run.environments import build_environments, with_turns
+from nemo_like.run.model_config import read_model_config
 from nemo_like.run.rollouts import agreement_check, build_rollouts, sampling_of
-from nemo_like.run.session import Session, read_model_config
+from nemo_like.run.session import Session
 from nemo_like.run.sft import run_sft
 from nemo_like.run.vllm_flavour import ensure_vllm, flavour_of_machine
 from nemo_like.types import Metric, Metrics, Prompt, SamplingParams

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +12,6 @@ from typing import Any, Protocol
 
 import yaml
 
-from nemo_like.assets import model_folder
 from nemo_like.checkpoint import layout
 from nemo_like.checkpoint.checkpoints import (
     Checkpoints,
@@ -28,7 +24,6 @@ from nemo_like.checkpoint.hf_export import write_hf
 from nemo_like.checkpoint.manifest import RunLayout, verify
 from nemo_like.cluster import memory
 from nemo_like.config.layers import as_yaml
-from nemo_like.config.policy import PolicyConfig
 from nemo_like.config.tree import RunTree
 from nemo_like.errors import (
     EXIT_INTERRUPTED,
@@ -52,6 +47,7 @@ from nemo_like.observability.run_folder import RunFolder
 from nemo_like.observability.secrets import redact_tree
 from nemo_like.observability.sinks import build_sinks
 from nemo_like.observability.timing import StepClock, flops_per_token, peak_flops
+from nemo_like.run.commands import suggestion, typed
 from nemo_like.run.journal import RunJournal, StopRequest, handling_signals
 from nemo_like.run.origin import Origin
 from nemo_like.types import PolicyFacts
@@ -117,13 +113,13 @@ class Session:
                 {"stopped by": "a signal, without saving"},
                 title="Stopped",
                 places={"last good checkpoint": saved},
-                next_command=_command(),
+                next_command=typed(),
             )
             return EXIT_INTERRUPTED
         except NemoLikeError as error:
             # What is wrong with anything but a worker is wrong again next time: its message has the
             # cure.
-            again = _command() if isinstance(error, WorkerError) else None
+            again = typed() if isinstance(error, WorkerError) else None
             self._console.error(error, last_checkpoint=self._last_good(), next_command=again)
             return error.exit_code
         except Exception as error:
@@ -133,7 +129,7 @@ class Session:
             traceback.print_exc()
             text = memory.told(error, "this run") or f"{type(error).__name__}: {error}"
             found = NemoLikeError(text)
-            self._console.error(found, last_checkpoint=self._last_good(), next_command=_command())
+            self._console.error(found, last_checkpoint=self._last_good(), next_command=typed())
             return found.exit_code
 
     def say(self, text: str) -> None:
@@ -161,32 +157,19 @@ class Session:
         """The journal of this run, which continues from the latest checkpoint, if there is one."""
         checkpoints = self._open_checkpoints(facts, stack)
         saved = checkpoints.latest_good() if checkpoints is not None else None
-        done = 0
+        done = 0 if saved is None else saved.step
         if saved is not None:
             self._origin.inherit(saved, _routing(facts))
             self._continue(saved, policy, data)
             if beside is not None:
                 beside.load(saved.folder)
-            done = saved.step
             if done >= total_steps:
                 self.say(
                     f"nothing is left to do: {saved.folder} is of step {done}, and this run has "
                     f"{total_steps}. To train on, raise the number of steps; to begin anew, "
                     "set another checkpointing.checkpoint_dir"
                 )
-        tables = [
-            ownership_table(facts.owners),
-            *outlook_tables(facts.outlook),
-            *self._origin.tables(),
-        ]
-        for table in tables:
-            self._console.table(table)
-        self.folder.write_tables(tables)
-        self.folder.write_config(self._config)
-        device = f"{facts.world_size} x {facts.device}"
-        self.folder.write_facts(
-            collect_facts(device=device, parameters=f"{facts.num_parameters:,}")
-        )
+        self._introduce(facts)
         sinks = [*self._sinks(saved), self._console]
         for sink in sinks:
             stack.callback(sink.close)
@@ -214,6 +197,22 @@ class Session:
         self._console.start(total_steps, done=done)
         return journal
 
+    def _introduce(self, facts: PolicyFacts) -> None:
+        """Show and keep what is known before the first step."""
+        tables = [
+            ownership_table(facts.owners),
+            *outlook_tables(facts.outlook),
+            *self._origin.tables(),
+        ]
+        for table in tables:
+            self._console.table(table)
+        self.folder.write_tables(tables)
+        self.folder.write_config(self._config)
+        device = f"{facts.world_size} x {facts.device}"
+        self.folder.write_facts(
+            collect_facts(device=device, parameters=f"{facts.num_parameters:,}")
+        )
+
     def finish(self, journal: RunJournal, total_steps: int) -> int:
         """Write the report, tell how it ended and what to type next; the exit code."""
         report = write_report(self.folder)
@@ -231,12 +230,16 @@ class Session:
                 },
                 title="Stopped",
                 places=places,
-                next_command=None if is_over else _command(),
+                next_command=None if is_over else typed(),
             )
             return NoSignalError.exit_code if is_over else EXIT_INTERRUPTED
         results = headlines(read_series(self.folder.metrics))
         results["wall time"] = duration(time.monotonic() - self._began)
-        self._console.summary(results, places=places, next_command=self._next_command())
+        self._console.summary(
+            results,
+            places=places,
+            next_command=None if self._is_prelude else suggestion(self._tree),
+        )
         return 0
 
     def finish_evaluation(self, found: dict[str, float]) -> int:
@@ -347,26 +350,6 @@ class Session:
             peak_flops=None if peak is None else peak * facts.world_size,
         )
 
-    def _next_command(self) -> str | None:
-        """The same with Muon, in a folder of its own; after Muon, what else there is to try."""
-        if self._is_prelude:
-            return None
-        if not self._tree.policy.active_optimizer.is_muon:
-            overrides = ["policy.optimizer.optimizer=muon"]
-            if any("checkpointing.checkpoint_dir=" in word for word in sys.argv):
-                overrides.append(f"checkpointing.checkpoint_dir={self._checkpoint_root}_muon")
-            return f"{_command()} {shlex.join(overrides)}"
-        config = self._tree.next_config
-        how = "--dry-run" if config == self._tree.real_config else "policy.optimizer.optimizer=muon"
-        return shlex.join(["uv", "run", sys.argv[0], "--config", config, how])
-
-
-def read_model_config(policy: PolicyConfig) -> dict[str, Any]:
-    """The content of the model's config.json with overrides; imports no transformers."""
-    folder = model_folder(policy.model_name, with_weights=False)  # weights are the workers' affair
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config | policy.hf_config_overrides
-
 
 def _both(export: Callable[[Path], None], beside: Beside | None) -> Callable[[Path], None]:
     def both(folder: Path) -> None:
@@ -379,11 +362,6 @@ def _both(export: Callable[[Path], None], beside: Beside | None) -> Callable[[Pa
 
 def _routing(facts: PolicyFacts) -> dict[str, str]:
     return {owner["name"]: owner["optimizer"] for owner in facts.owners}
-
-
-def _command() -> str:
-    """The command that started this run."""
-    return shlex.join(["uv", "run", *sys.argv])
 
 
 def _changed_settings(saved: Path, now: Mapping[str, Any]) -> list[str]:

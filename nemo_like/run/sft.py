@@ -23,7 +23,8 @@ from nemo_like.observability.records import Answer
 from nemo_like.ops.rewards import is_solved
 from nemo_like.run.build import Batchings, Machines, machines, policy_factory
 from nemo_like.run.environments import build_environment
-from nemo_like.run.session import Session, read_model_config
+from nemo_like.run.model_config import read_model_config
+from nemo_like.run.session import Session
 from nemo_like.types import Example, Metrics, SamplingParams, TrainBatch
 
 
