@@ -20,13 +20,10 @@ from typing import Any
 
 import torch
 import yaml
-from torch.distributed.checkpoint import load as dcp_load
 
 from nemo_like.checkpoint import layout, manifest
-from nemo_like.checkpoint.boxes import LoadPlanner
-from nemo_like.checkpoint.dcp_storage import Reader, read_metadata, translating_dcp_errors
 from nemo_like.checkpoint.files import read_json
-from nemo_like.checkpoint.store import VALUES
+from nemo_like.checkpoint.store import VALUES, read_tensors, stored_tensors
 from nemo_like.config.draft import differing, show
 from nemo_like.errors import CheckpointError
 from tools.command_line import Parser, run
@@ -53,7 +50,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _steps(folder: Path) -> list[Path]:
+def steps_of(folder: Path) -> list[Path]:
     """The checkpoints that a path means, oldest first."""
     if (folder / layout.MANIFEST).is_file():
         return [folder]
@@ -67,7 +64,7 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def _list(options: argparse.Namespace) -> int:
-    for step in _steps(options.folder):
+    for step in steps_of(options.folder):
         metrics = read_json(step / layout.STATE)["metrics"]
         size = sum(file.stat().st_size for file in step.rglob("*") if file.is_file())
         told = "  ".join(f"{name}={value:.4g}" for name, value in sorted(metrics.items()))
@@ -79,7 +76,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     damaged = 0
-    for step in _steps(options.folder):
+    for step in steps_of(options.folder):
         try:
             manifest.verify(step)
         except CheckpointError as error:
@@ -91,7 +88,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    step = _steps(options.folder)[-1]
+    step = steps_of(options.folder)[-1]
     verified = manifest.verify(step)
     state = read_json(step / layout.STATE)
     print(f"{step}: whole, step {verified.step}")
@@ -103,7 +100,7 @@ def _inspect(options: argparse.Namespace) -> int:
     for part in (layout.MODEL, layout.OPTIMIZER):
         if (step / part).is_dir():
             print(f"{part}:")
-            for name, (shape, dtype) in _tensors(step / part).items():
+            for name, (shape, dtype) in stored_tensors(step / part).items():
                 print(f"  {name}  {list(shape)}  {str(dtype).removeprefix('torch.')}")
     return 0
 
@@ -113,7 +110,7 @@ def _print(title: str, values: Mapping[str, Any]) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    first, second = (_steps(folder)[-1] for folder in (options.folder, options.other))
+    first, second = (steps_of(folder)[-1] for folder in (options.folder, options.other))
     lines = [
         *_differences("config", *(_config(step) for step in (first, second))),
         *_differences("owner", *(read_json(step / layout.ROUTING) for step in (first, second))),
@@ -136,14 +133,9 @@ def _differences(what: str, first: dict[str, Any], second: dict[str, Any]) -> It
         yield f"{what} {name}: {' -> '.join(sides)}"
 
 
-def _tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    saved = read_metadata(folder).state_dict_metadata
-    return {name: (saved[name].size, saved[name].properties.dtype) for name in sorted(saved)}
-
-
 def _tensor_differences(first: Path, second: Path) -> Iterator[str]:
     """One tensor after the other, whatever the layouts that saved them."""
-    one, other = _tensors(first), _tensors(second)
+    one, other = stored_tensors(first), stored_tensors(second)
     described = (
         {name: f"{list(shape)} {dtype}" for name, (shape, dtype) in each.items()}
         for each in (one, other)
@@ -151,28 +143,16 @@ def _tensor_differences(first: Path, second: Path) -> Iterator[str]:
     yield from _differences(first.name, *described)
     values = (read_json(folder / VALUES) for folder in (first, second))
     yield from _differences(first.name, *values)
-    for name in sorted(one.keys() & other.keys()):
-        if one[name] == other[name]:
-            a, b = (_read(folder, name, *one[name]) for folder in (first, second))
-            if not torch.equal(a, b):
-                gap = (a.double() - b.double()).abs()
-                scale = a.double().abs().max().item()
-                yield (
-                    f"{first.name} {name}: {int((a != b).sum()):,} of {a.numel():,} values, by "
-                    f"{gap.max().item():.3g} at most (largest value {scale:.3g})"
-                )
-
-
-def _read(folder: Path, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
-    with translating_dcp_errors(f"cannot read {folder}"):
-        dcp_load(
-            {name: tensor},
-            storage_reader=Reader(folder, read_metadata(folder)),
-            planner=LoadPlanner(),
-            no_dist=True,
-        )
-    return tensor
+    alike = [name for name in one if name in other and one[name] == other[name]]
+    pairs = zip(read_tensors(first, alike), read_tensors(second, alike), strict=True)
+    for (name, a), (_, b) in pairs:
+        if not torch.equal(a, b):
+            gap = (a.double() - b.double()).abs()
+            scale = a.double().abs().max().item()
+            yield (
+                f"{first.name} {name}: {int((a != b).sum()):,} of {a.numel():,} values, by "
+                f"{gap.max().item():.3g} at most (largest value {scale:.3g})"
+            )
 
 
 def _size(count: float) -> str:

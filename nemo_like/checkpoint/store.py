@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,6 +177,33 @@ def load_state(
             process_group=group,
         )
     return _put_together(template, _Flat(wanted.tensors, saved_values))
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor in `folder`, by name, whatever layout saved them."""
+    saved = read_metadata(folder).state_dict_metadata
+    return {name: (saved[name].size, saved[name].properties.dtype) for name in sorted(saved)}
+
+
+def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of `folder` by name, each whole, and one at a time; no collective.
+
+    Raises:
+        CheckpointError: one can not be read.
+    """
+    metadata, stored = read_metadata(folder), stored_tensors(folder)
+    doing = f"cannot read {folder}"
+    for name in names:
+        shape, dtype = stored[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        with refusing_os_errors(doing), translating_dcp_errors(doing):
+            dcp_load(
+                {name: tensor},
+                storage_reader=Reader(folder, metadata),
+                planner=LoadPlanner(),
+                no_dist=True,
+            )
+        yield name, tensor
 
 
 def is_written(folder: Path) -> bool:

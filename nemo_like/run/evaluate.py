@@ -103,7 +103,8 @@ def prepared(tree: GRPOTree) -> GRPOTree:
     if not (folder / layout.HF).is_dir():
         raise ConfigError(
             f"policy.model_name={folder} is a checkpoint without an export for Hugging Face: it "
-            "was saved with checkpointing.model_save_format=null"
+            "was saved with checkpointing.model_save_format=null. Make one: uv run "
+            f"tools/convert.py {folder} {folder}_hf, and set policy.model_name={folder}_hf"
         )
     return begun_with(tree, folder / layout.HF)
 
