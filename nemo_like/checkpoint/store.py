@@ -181,8 +181,11 @@ def load_state(
 
 def stored_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor in `folder`, by name, whatever layout saved them."""
-    saved = read_metadata(folder).state_dict_metadata
-    return {name: (saved[name].size, saved[name].properties.dtype) for name in sorted(saved)}
+    return {
+        name: (saved.size, saved.properties.dtype)
+        for name, saved in sorted(read_metadata(folder).state_dict_metadata.items())
+        if isinstance(saved, TensorStorageMetadata)
+    }
 
 
 def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
