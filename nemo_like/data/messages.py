@@ -165,7 +165,7 @@ def _read(file: str, key: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"data.*.{key}={file}: {exc}") from exc
+        raise ConfigError(f"data.*.{key}={file} can not be read: {exc}") from exc
 
 
 def _check_prompt(prompt: str, file: str) -> None:

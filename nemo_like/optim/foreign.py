@@ -117,7 +117,7 @@ def read_foreign(
     for group, index, name in _members(saved, names):
         if name in owners or name not in shapes:
             why = "there twice" if name in owners else "no parameter of the model"
-            raise CheckpointError(f"{name} is {why}")
+            raise CheckpointError(f"{name} is {why}, expected each of its parameters once")
         state = saved["state"].get(index, {})
         form = _form_of(name, group, state)
         values = {f"{OF_GROUP}{key}": value for key, value in group.items()} | state

@@ -11,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+
+from tools.docs_site import HOLE, OUTSIDE, link_on_site, messages
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -45,7 +48,7 @@ def test_the_python_on_the_page_runs(document, monkeypatch):
         exec(code, vars(page))
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo"])
+@pytest.mark.parametrize("name", ["sft", "grpo", "dapo"])
 def test_the_document_of_an_algorithm_holds_its_page_as_it_runs(name):
     page = (ROOT / f"nemo_like/algorithms/{name}.py").read_text()
     blocks = PYTHON.findall((ROOT / f"docs/{name}.md").read_text())
@@ -63,6 +66,59 @@ def test_the_import_table_of_the_documentation_is_the_one_that_is_held():
     may_import = held["MAY_IMPORT"]
     assert written == {part: may_import[part] for part in may_import if part in written}
     assert set(may_import) - set(written) == {"", "__main__"}
+
+
+def pages_of(nav):
+    """The files that a navigation leads to."""
+    if isinstance(nav, str):
+        return [nav]
+    entries = nav.values() if isinstance(nav, dict) else nav
+    return [page for entry in entries for page in pages_of(entry)]
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    brought = {name for name in OUTSIDE if name.endswith(".md")} | {"messages.md"}
+    assert sorted(listed) == sorted({p.name for p in (ROOT / "docs").glob("*.md")} | brought)
+
+
+def test_links_lead_to_pages_of_the_site():
+    assert link_on_site("docs/muon.md", "") == "muon.md"
+    assert link_on_site("../README.md", "docs") == "index.md"
+    assert link_on_site("../3rdparty/README.md", "docs") == "third_party.md"
+    assert link_on_site("images/curve.svg", "docs") == "images/curve.svg"
+    assert link_on_site("../docs/muon.md", "3rdparty") == "muon.md"
+
+
+def troubles():
+    """What the first columns of the page quote, each as a pattern of a message."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    tables = [table.split("\n\n")[0] for table in page.split("| The message says |")[1:]]
+    rows = [row.split(" | ")[0] for table in tables for row in table.splitlines()[2:]]
+    quotes = {quote for row in rows for quote in re.findall("`([^`]+)`", row)}
+    return {q: re.compile(".*".join(re.escape(p.strip()) for p in q.split(HOLE))) for q in quotes}
+
+
+def test_every_message_is_in_troubleshooting():
+    # Rules between keys say all there is to say; those for rows are on the page of the data.
+    ends = [m for m in messages() if m.kind not in ("Conflict", "RowError")]
+    patterns = troubles().values()
+    missing = [f"{m.place}: {m.text}" for m in ends if not any(p.search(m.text) for p in patterns)]
+    assert missing == [], "say why and what to do in docs/troubleshooting.md, in a row of its kin"
+
+
+def test_troubleshooting_quotes_messages_that_there_are():
+    said = [m.text for m in messages()]
+    # Some are put together from parts: then the part is somewhere in the source.
+    texts = [re.sub(r'"\s+f?"', "", p.read_text()) for p in (ROOT / "nemo_like").rglob("*.py")]
+    gone = [q for q, p in troubles().items() if not any(p.search(text) for text in said + texts)]
+    vague = [q for q in troubles() if sum(c.isalpha() for c in q) < 7]
+    assert (gone, vague) == ([], [])
+
+
+def test_every_rule_for_rows_is_on_the_page_of_the_data():
+    page = " ".join((ROOT / "docs/data.md").read_text().split())
+    assert [m.text for m in messages() if m.kind == "RowError" and m.text not in page] == []
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,107 @@
+"""What mkdocs asks while it builds the site: pages that are not in docs/, and links between them.
+
+A file of the repository that is read on its own (README.md) stays where it is found, and the page
+of all messages is read off the source, so no text stands in two places.
+"""
+
+from __future__ import annotations
+
+import ast
+import posixpath
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "third_party.md": "3rdparty/README.md",
+    "LICENSE": "LICENSE",
+}
+"""Files of the site that are not in docs/, by their name there."""
+LINK = re.compile(r"(?<=\]\()[^)#\s:]+(?=[)#])")
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """The files of docs/, those from outside, and the page of all messages."""
+    from mkdocs.structure.files import File  # in the group `docs` alone; tests read this file too
+
+    contents = {name: (ROOT / source).read_text() for name, source in OUTSIDE.items()}
+    for name, content in (contents | {"messages.md": messages_page()}).items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """The page with links as they are on the site, where all pages lie in one folder."""
+    source = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    return LINK.sub(lambda link: link_on_site(link[0], posixpath.dirname(source)), markdown)
+
+
+def link_on_site(target: str, folder: str) -> str:
+    """Where a link leads on the site that leads to `target` from a `folder` of the repository."""
+    path = posixpath.normpath(posixpath.join(folder, target))
+    names = {source: name for name, source in OUTSIDE.items()}
+    return names.get(path, path.removeprefix("docs/"))
+
+
+HOLE = "…"
+"""What a message fills in."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a run may say and then end: the class that is raised, the text, and where."""
+
+    kind: str
+    text: str
+    place: str
+
+
+def messages() -> Iterator[Message]:
+    """Every message of the package, in the order of its source."""
+    errors = ast.parse((ROOT / "nemo_like/errors.py").read_text()).body
+    kinds = {node.name for node in errors if isinstance(node, ast.ClassDef)}
+    kinds |= {"Conflict", "RowError"}  # rules between keys; rules for rows
+    for path in sorted((ROOT / "nemo_like").rglob("*.py")):
+        module = ast.parse(path.read_text())
+        for node in ast.walk(module):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) in kinds and node.args):
+                continue
+            kind = ast.unparse(node.func)
+            text = _text(node.args[1 if kind == "Conflict" else 0])
+            if re.search(r"\w", text):  # else it was put together elsewhere
+                yield Message(kind, text, str(path.relative_to(ROOT)))
+
+
+def _text(node: ast.AST) -> str:
+    """The texts below a node, one after the other, with holes for what is not known here."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.FormattedValue):
+        return HOLE
+    parts = [_text(child) for child in ast.iter_child_nodes(node)]
+    text = ("" if isinstance(node, ast.JoinedStr) else f" {HOLE} ").join(p for p in parts if p)
+    return re.sub(r"\s+", " ", text)
+
+
+def messages_page() -> str:
+    """Markdown of all of them, by class, as they stand in the source."""
+    lines = [
+        "# Every message",
+        "",
+        f"Read off the source: what a run may end with, `{HOLE}` being what it fills in. Causes "
+        "and cures are in [Troubleshooting](troubleshooting.md).",
+    ]
+    for kind, some in groupby(sorted(messages(), key=lambda m: m.kind), key=lambda m: m.kind):
+        lines += ["", f"## {kind}", ""]
+        lines += [f"- {_plain(one.text)} `{one.place}`" for one in dict.fromkeys(some)]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"([*_`<\[\]])", r"\\\1", text)
