@@ -13,6 +13,9 @@ from types import ModuleType
 import pytest
 import yaml
 
+from nemo_like.config.grpo import GRPOTree
+from nemo_like.config.schema import is_known, known_paths
+from nemo_like.config.sft import SFTTree
 from tools.docs_site import HOLE, OUTSIDE, link_on_site, messages
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +91,16 @@ def test_links_lead_to_pages_of_the_site():
     assert link_on_site("../3rdparty/README.md", "docs") == "third_party.md"
     assert link_on_site("images/curve.svg", "docs") == "images/curve.svg"
     assert link_on_site("../docs/muon.md", "3rdparty") == "muon.md"
+
+
+def test_every_key_that_others_are_translated_into_exists():
+    page = (ROOT / "docs/migrating.md").read_text().split("## TRL")[1]
+    rows = re.findall(r"^\| .*? \| (.*?) \|", page, re.MULTILINE)
+    words = [word for row in rows for quote in re.findall("`(.*?)`", row) for word in quote.split()]
+    known = known_paths(SFTTree) | known_paths(GRPOTree)
+    keys = {word.split("=")[0] for word in words if "." in word and "*" not in word}
+    assert len(keys) > 60
+    assert [key for key in sorted(keys) if not is_known(key, known)] == []
 
 
 def troubles():

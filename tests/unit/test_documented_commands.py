@@ -24,7 +24,7 @@ def at_the_reader(tmp_path, monkeypatch):
     """A folder with the files that the documents speak of as the reader's own."""
     (tmp_path / "mine.yaml").write_text("policy: {tokenizer: {name: tiny-qwen3}}\n")
     (tmp_path / "my").mkdir()
-    for name in ("train.jsonl", "test.jsonl", "my/train.jsonl"):
+    for name in ("train.jsonl", "test.jsonl", "my/train.jsonl", "train.parquet", "test.parquet"):
         (tmp_path / name).touch()
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
