@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import multiprocessing
@@ -126,6 +127,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         try:
             if dist.is_initialized():
                 dist.destroy_process_group()
+                gc.collect()  # models refer to themselves, and to their groups
             address = f"file://{store}_{number}"
             dist.init_process_group("gloo", rank=rank, world_size=world_size, init_method=address)
             torch.manual_seed(0)
