@@ -44,7 +44,7 @@ when that backend trains.
 """
 
 GRPO = """
-# GRPO and DAPO
+## GRPO and DAPO
 
 `examples/run_grpo.py` has the keys above, without the block `sft`, and these. It is DAPO with
 `grpo.use_dynamic_sampling` or `grpo.reward_shaping.enabled`.
@@ -52,7 +52,7 @@ GRPO = """
 """
 
 COMPATIBILITY = """
-# Configs written for NeMo-RL
+## Configs written for NeMo-RL
 
 They have the same keys. `policy.optimizer: {name: torch.optim.AdamW, kwargs: {...}}`, lists of
 torch schedulers, `_override_: true` in a section and short names of data sets are understood; only

@@ -24,6 +24,7 @@ OUTSIDE = {
 }
 """Files of the site that are not in docs/, by their name there."""
 LINK = re.compile(r"(?<=\]\()[^)#\s:]+(?=[)#])")
+CODE = re.compile(r"`[^`\n]+`")
 
 
 def on_files(files: Any, *, config: Any) -> Any:
@@ -37,8 +38,12 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """The page with links as they are on the site, where all pages lie in one folder."""
+    """The page with links as they are on the site, where all pages lie in one folder.
+
+    A bar in code, which GitHub wants escaped in a table, is itself here.
+    """
     source = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    markdown = CODE.sub(lambda code: code[0].replace("\\|", "|"), markdown)
     return LINK.sub(lambda link: link_on_site(link[0], posixpath.dirname(source)), markdown)
 
 
@@ -73,7 +78,7 @@ def messages() -> Iterator[Message]:
             if not (isinstance(node, ast.Call) and ast.unparse(node.func) in kinds and node.args):
                 continue
             kind = ast.unparse(node.func)
-            text = _text(node.args[1 if kind == "Conflict" else 0])
+            text = " ".join(_text(node.args[1 if kind == "Conflict" else 0]).split())
             if re.search(r"\w", text):  # else it was put together elsewhere
                 yield Message(kind, text, str(path.relative_to(ROOT)))
 
@@ -85,8 +90,9 @@ def _text(node: ast.AST) -> str:
     if isinstance(node, ast.FormattedValue):
         return HOLE
     parts = [_text(child) for child in ast.iter_child_nodes(node)]
-    text = ("" if isinstance(node, ast.JoinedStr) else f" {HOLE} ").join(p for p in parts if p)
-    return re.sub(r"\s+", " ", text)
+    if not isinstance(node, ast.JoinedStr):
+        return f" {HOLE} ".join(part for part in parts if re.search(r"\w", part))
+    return "".join(parts)
 
 
 def messages_page() -> str:
