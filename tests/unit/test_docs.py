@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+from nemo_like.backends.base import RankBackend
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.schema import is_known, known_paths
 from nemo_like.config.sft import SFTTree
@@ -43,6 +44,14 @@ def test_every_file_that_is_named_exists(document):
 
 
 @each_document
+def test_what_is_said_to_be_in_a_file_is_in_it(document):
+    said = re.findall(r"`(\w+)` (?:in|of) `((?:\w+/)*\w+\.py)`", document.read_text())
+    files = {path: next(f / path for f in FOLDERS if (f / path).exists()) for _, path in said}
+    gone = [(name, path) for name, path in said if name not in files[path].read_text()]
+    assert gone == []
+
+
+@each_document
 def test_the_python_on_the_page_runs(document, monkeypatch):
     page = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", page)  # a dataclass looks its module up
@@ -69,6 +78,11 @@ def test_the_import_table_of_the_documentation_is_the_one_that_is_held():
     may_import = held["MAY_IMPORT"]
     assert written == {part: may_import[part] for part in may_import if part in written}
     assert set(may_import) - set(written) == {"", "__main__"}
+
+
+def test_what_a_backend_has_to_write_is_what_the_page_says():
+    table = (ROOT / "docs/extending.md").read_text().split("| Method | What it owes |")[1]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == RankBackend.__abstractmethods__
 
 
 def pages_of(nav):
