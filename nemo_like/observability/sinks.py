@@ -25,21 +25,51 @@ def build_sinks(
     resolved_config: Mapping[str, Any],
     resume_step: int | None = None,
 ) -> list[Sink]:
-    """The sinks that `logger.*` switches on; `metrics.jsonl` always. They see no secrets.
+    """`metrics.jsonl`, and the trackers that `logger.*` switches on.
 
     Raises:
-        ConfigError: a sink is on whose package, login or server is missing.
+        ConfigError: a tracker is on whose package, login or server is missing.
+    """
+    trackers = build_trackers(
+        config, folder, resolved_config=resolved_config, resume_step=resume_step
+    )
+    return [JsonlSink(folder.metrics), *trackers]
+
+
+def build_trackers(
+    config: LoggerConfig,
+    folder: RunFolder,
+    *,
+    resolved_config: Mapping[str, Any],
+    resume_step: int | None = None,
+    now: Callable[[], float] = time.time,
+) -> list[Sink]:
+    """The sinks besides `metrics.jsonl` that `logger.*` switches on. They see no secrets.
+
+    `now` gives the seconds since 1970 that they put beside values.
+
+    Raises:
+        ConfigError: one is on whose package, login or server is missing.
     """
     safe_config = redact_tree(resolved_config)
-    sinks: list[Sink] = [JsonlSink(folder.metrics)]
+    sinks: list[Sink] = []
     if config.tensorboard_enabled:
-        log_dir = Path(config.tensorboard.log_dir or folder.path / "tensorboard")
-        sinks.append(TensorboardSink(log_dir, resume_step=resume_step))
+        log_dir = tensorboard_folder(config, folder)
+        sinks.append(TensorboardSink(log_dir, resume_step=resume_step, now=now))
     if config.wandb_enabled:
-        sinks.append(WandbSink(config.wandb, folder.path, resolved_config=safe_config))
+        sinks.append(WandbSink(config.wandb, folder.path, resolved_config=safe_config, now=now))
     if config.mlflow_enabled:
-        sinks.append(MlflowSink(config.mlflow, folder.path, resolved_config=safe_config))
+        sinks.append(MlflowSink(config.mlflow, folder.path, resolved_config=safe_config, now=now))
     return sinks
+
+
+def tensorboard_folder(config: LoggerConfig, folder: RunFolder) -> Path:
+    """Where a run's event files lie."""
+    return Path(config.tensorboard.log_dir or folder.path / "tensorboard")
+
+
+WANDB_ID, MLFLOW_ID = "wandb_id", "mlflow_id"
+"""Files of a log folder that say which run of a tracker it is."""
 
 
 class JsonlSink:
@@ -64,16 +94,23 @@ class JsonlSink:
 class TensorboardSink:
     """Event files for TensorBoard; steps after the resumed one are purged from the curves."""
 
-    def __init__(self, log_dir: Path, *, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        log_dir: Path,
+        *,
+        resume_step: int | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         purge_step = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(log_dir), purge_step=purge_step)
+        self._now = now
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Add one scalar per value."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step, walltime=self._now())
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -88,10 +125,16 @@ class WandbSink:
     """
 
     def __init__(
-        self, config: WandbConfig, folder: Path, *, resolved_config: Mapping[str, Any]
+        self,
+        config: WandbConfig,
+        folder: Path,
+        *,
+        resolved_config: Mapping[str, Any],
+        now: Callable[[], float] = time.time,
     ) -> None:
         import wandb
 
+        self._now = now
         # W&B's own metadata would hold the command line as it was typed, and code and console
         # output as they are: a secret would travel. The run folder has all of them, redacted.
         settings = wandb.Settings(
@@ -102,7 +145,7 @@ class WandbSink:
                 project=config.project,
                 name=config.name,
                 mode=config.mode,
-                id=_kept_id(folder / "wandb_id", lambda: uuid.uuid4().hex),
+                id=_kept_id(folder / WANDB_ID, lambda: uuid.uuid4().hex),
                 resume="allow",
                 dir=str(folder),
                 config=dict(resolved_config),
@@ -117,7 +160,7 @@ class WandbSink:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Add the values; those of a step that is open already join it."""
-        self._run.log(values, step=step)
+        self._run.log({**values, "_timestamp": self._now()}, step=step)
 
     def close(self) -> None:
         """Upload or write what is left, and end the run."""
@@ -128,7 +171,12 @@ class MlflowSink:
     """An MLflow run; its id lies in the log folder, so a resumed run is the same run."""
 
     def __init__(
-        self, config: MlflowConfig, folder: Path, *, resolved_config: Mapping[str, Any]
+        self,
+        config: MlflowConfig,
+        folder: Path,
+        *,
+        resolved_config: Mapping[str, Any],
+        now: Callable[[], float] = time.time,
     ) -> None:
         try:
             import mlflow
@@ -138,11 +186,12 @@ class MlflowSink:
                 "`uv sync --inexact --extra mlflow`, or set logger.mlflow_enabled=false"
             ) from error
 
+        self._now = now
         self._entities = mlflow.entities
         try:
             self._client = mlflow.MlflowClient(_tracking_uri(config, folder))
             self._run_id = _kept_id(
-                folder / "mlflow_id", lambda: self._new_run(config, folder, resolved_config)
+                folder / MLFLOW_ID, lambda: self._new_run(config, folder, resolved_config)
             )
             self._client.update_run(self._run_id, status="RUNNING")
         except mlflow.MlflowException as error:
@@ -153,7 +202,7 @@ class MlflowSink:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Send the values in one request."""
-        now_ms = int(time.time() * 1000)
+        now_ms = int(self._now() * 1000)
         metrics = [self._entities.Metric(k, v, now_ms, step) for k, v in values.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
