@@ -19,7 +19,10 @@ NAMES = {bool: "true | false", type(None): "null"}
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key; a `section` holds further keys, an `open` one whatever the user likes."""
+    """One key; a `section` holds further keys, an `open` one whatever the user likes.
+
+    `choices` are the values that can be listed, as a user types them.
+    """
 
     path: str
     type: str
@@ -27,6 +30,7 @@ class Key:
     line: str
     section: bool
     open: bool
+    choices: tuple[str, ...]
 
 
 def keys(node: type[Node], prefix: str = "") -> Iterator[Key]:
@@ -41,6 +45,7 @@ def keys(node: type[Node], prefix: str = "") -> Iterator[Key]:
             line=" ".join((field.description or "").split()),
             section=bool(inner),
             open=get_origin(_without_null(field.annotation)) is dict,
+            choices=() if inner else tuple(_choices(field.annotation)),
         )
         if inner:
             sections.append((key, inner[0]))
@@ -88,6 +93,15 @@ def _text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     return " ".join(
         [NAMES.get(annotation, getattr(annotation, "__name__", "?")), *_limit(metadata)]
     )
+
+
+def _choices(annotation: Any) -> Iterator[str]:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Annotated, Union, types.UnionType):
+        for arg in args[:1] if origin is Annotated else args:
+            yield from _choices(arg)
+    elif origin is Literal or annotation in NAMES:
+        yield from _text(annotation).split(" | ")
 
 
 def _limit(metadata: tuple[Any, ...]) -> Iterator[str]:
