@@ -56,31 +56,40 @@ def link_on_site(target: str, folder: str) -> str:
 
 HOLE = "…"
 """What a message fills in."""
+RULES = {"Conflict": "Rules between keys (ConfigError)", "RowError": "Rules for rows (DataError)"}
+"""Classes of which a run reports all that it finds together."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a run may say and then end: the class that is raised, the text, and where."""
+    """What a run may say and then end: the class that is raised, the text, and where.
+
+    A rule between keys has those that are known here, as the block that they are in names them.
+    """
 
     kind: str
     text: str
     place: str
+    keys: tuple[str, ...] = ()
 
 
 def messages() -> Iterator[Message]:
     """Every message of the package, in the order of its source."""
     errors = ast.parse((ROOT / "nemo_like/errors.py").read_text()).body
     kinds = {node.name for node in errors if isinstance(node, ast.ClassDef)}
-    kinds |= {"Conflict", "RowError"}  # rules between keys; rules for rows
+    kinds |= RULES.keys()
     for path in sorted((ROOT / "nemo_like").rglob("*.py")):
         module = ast.parse(path.read_text())
         for node in ast.walk(module):
             if not (isinstance(node, ast.Call) and ast.unparse(node.func) in kinds and node.args):
                 continue
             kind = ast.unparse(node.func)
-            text = " ".join(_text(node.args[1 if kind == "Conflict" else 0]).split())
+            *keys, said = node.args[:2] if kind == "Conflict" else node.args[:1]
+            text = " ".join(_text(said).split())
             if re.search(r"\w", text):  # else it was put together elsewhere
-                yield Message(kind, text, str(path.relative_to(ROOT)))
+                named = [_text(key) for them in keys for key in getattr(them, "elts", [])]
+                known = tuple(n.replace(f" {HOLE} ", ".") for n in named if re.search(r"\w", n))
+                yield Message(kind, text, str(path.relative_to(ROOT)), known)
 
 
 def _text(node: ast.AST) -> str:
@@ -104,8 +113,10 @@ def messages_page() -> str:
         "and cures are in [Troubleshooting](troubleshooting.md).",
     ]
     for kind, some in groupby(sorted(messages(), key=lambda m: m.kind), key=lambda m: m.kind):
-        lines += ["", f"## {kind}", ""]
-        lines += [f"- {_plain(one.text)} `{one.place}`" for one in dict.fromkeys(some)]
+        lines += ["", f"## {RULES.get(kind, kind)}", ""]
+        for one in dict.fromkeys(some):
+            keys = ", ".join(f"`{key}`" for key in one.keys)
+            lines.append(f"- {keys}{': ' if keys else ''}{_plain(one.text)} `{one.place}`")
     return "\n".join(lines) + "\n"
 
 
