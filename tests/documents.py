@@ -19,6 +19,8 @@ BLOCK = re.compile(
     rf"^({RUNNABLE}\n+)?^```(\w*)\n(.*?)^```$|^ {{4}}(uv run .*)$", re.MULTILINE | re.DOTALL
 )
 INLINE = re.compile(r"`(uv run [^`]*)`")
+TAB = "⇥"
+"""Shows where a reader presses the key, in a line that is no command yet."""
 EXIT = re.compile(r"# exit (\d+)")
 UV_OPTIONS_WITH_VALUE = {"--extra", "--with", "--only-group", "--group"}
 
@@ -56,7 +58,7 @@ def blocks() -> Iterator[tuple[str, bool, list[Command]]]:
 
 def _command(page: str, line: str) -> Command | None:
     line = line.strip().removeprefix("$ ")
-    if not line.startswith("uv run "):
+    if not line.startswith("uv run ") or TAB in line:
         return None
     words = shlex.split(line, comments=True)[2:]
     uv_options = []
