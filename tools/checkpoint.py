@@ -112,7 +112,7 @@ def _print(title: str, values: Mapping[str, Any]) -> None:
 def _diff(options: argparse.Namespace) -> int:
     first, second = (steps_of(folder)[-1] for folder in (options.folder, options.other))
     lines = [
-        *_differences("config", *(_config(step) for step in (first, second))),
+        *_differences("config", *(config_of(step) for step in (first, second))),
         *_differences("owner", *(read_json(step / layout.ROUTING) for step in (first, second))),
     ]
     for part in (layout.MODEL, layout.OPTIMIZER):
@@ -124,8 +124,13 @@ def _diff(options: argparse.Namespace) -> int:
     return int(bool(lines))
 
 
-def _config(step: Path) -> dict[str, Any]:
-    return yaml.safe_load((step / layout.CONFIG).read_text(encoding="utf-8")) or {}
+def config_of(step: Path) -> dict[str, Any]:
+    """The resolved configuration of the run; nothing of a checkpoint that was imported."""
+    path = step / layout.CONFIG
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _differences(what: str, first: dict[str, Any], second: dict[str, Any]) -> Iterator[str]:

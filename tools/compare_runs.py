@@ -18,8 +18,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_like.config.draft import differing
 from nemo_like.errors import ConfigError
 from nemo_like.observability.console import RunConsole
@@ -122,8 +120,7 @@ def read_runs(words: Sequence[str]) -> dict[str, Run]:
 
 def _read(path: Path) -> Run:
     folder = RunFolder.of_run(path)
-    text = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
-    return Run(path, read_series(folder.metrics), yaml.safe_load(text) or {})
+    return Run(path, read_series(folder.metrics), folder.read_config())
 
 
 def chosen_metrics(runs: dict[str, Run], globs: Sequence[str] | None) -> list[str]:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from nemo_like.checkpoint import layout, manifest
@@ -33,7 +32,7 @@ from nemo_like.config.policy import TokenizerConfig
 from nemo_like.data.tokenizer import load_tokenizer
 from nemo_like.errors import CheckpointError, ConfigError
 from nemo_like.weight_sync.digest import tensor_digest
-from tools.checkpoint import steps_of
+from tools.checkpoint import config_of, steps_of
 from tools.command_line import Parser, run
 
 WEIGHTS = "weights/"
@@ -65,7 +64,7 @@ def _convert(options: argparse.Namespace) -> int:
     if options.max_file_gb <= 0:
         raise ConfigError(f"--max-file-gb {options.max_file_gb:g}: expected a number above 0")
     step = steps_of(options.checkpoint)[-1]
-    policy = _config(step).get("policy", {})
+    policy = config_of(step).get("policy", {})
     tokenizer = _tokenizer(policy, options.tokenizer, step)
     manifest.verify(step)
     print(f"{step} is whole")
@@ -115,11 +114,6 @@ class Written:
                 raise CheckpointError(f"{name} came back from {folder} other than it was written")
             names.append(name)
         return len(names)
-
-
-def _config(step: Path) -> dict[str, Any]:
-    """The run's resolved configuration; nothing of a checkpoint that was imported."""
-    return yaml.safe_load((step / layout.CONFIG).read_text(encoding="utf-8")) or {}
 
 
 def _tokenizer(policy: dict[str, Any], name: str | None, step: Path) -> Any:

@@ -17,8 +17,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_like.config import compose
 from nemo_like.config.base import Node
 from nemo_like.config.layers import Files
@@ -67,8 +65,7 @@ def _send_all(options: argparse.Namespace) -> int:
 
 def _settings(folder: RunFolder, overrides: Sequence[str]) -> tuple[dict[str, Any], LoggerConfig]:
     """A run's configuration, and where its metrics are to go: nowhere but where it is asked for."""
-    text = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
-    config: dict[str, Any] = yaml.safe_load(text) or {}
+    config = folder.read_config()
     off = {switch.removeprefix("logger."): False for switch in SWITCHES}
     schema = compose.Schema(known_paths(Loggers), defaults(Loggers))
     combinations, problems = compose.parse_overrides(overrides, multirun=False)

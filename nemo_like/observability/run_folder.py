@@ -115,6 +115,24 @@ class RunFolder:
         text = yaml.safe_dump(redact_tree(tree), sort_keys=False, allow_unicode=True)
         _replace(self.config, text.encode())
 
+    def read_config(self) -> dict[str, Any]:
+        """The resolved configuration; nothing, where a run did not get as far as saving it.
+
+        Raises:
+            DataError: the file is not what `write_config` writes.
+        """
+        import yaml
+
+        if not self.config.is_file():
+            return {}
+        try:
+            tree = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.config} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(tree, dict):
+            raise DataError(f"{self.config} holds no keys; expected a run's configuration")
+        return tree
+
     def write_facts(self, facts: Mapping[str, str]) -> None:
         """Save facts about the run."""
         _replace(self.facts, _json(redact_tree(facts), indent=2))
@@ -144,7 +162,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole records of a file that may not exist, without a torn last line.
 
     Raises:
-        DataError: a line before the last is not JSON, so something else wrote into the file.
+        DataError: a line before the last is another's, so something else wrote into the file.
     """
     if not path.exists():
         return []
@@ -152,12 +170,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+                raise ValueError("found no step in it")
         except ValueError as error:
             raise DataError(
-                f"{path}, line {number} is not JSON ({error}); expected one object per line: "
-                "remove the line, or move the file away"
+                f"{path}, line {number} is not JSON of ours ({error}); expected one object with a "
+                "step per line: remove the line, or move the file away"
             ) from error
+        records.append(record)
     return records
 
 
