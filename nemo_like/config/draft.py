@@ -139,11 +139,16 @@ def leaves(values: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def differing(*trees: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The keys in which nested values differ, each with what every one of them has there."""
-    flat = [{".".join(path): value for path, value in leaves(tree)} for tree in trees]
-    keys = dict.fromkeys(key for each in flat for key in each)
-    return {
-        key: tuple(show(each[key]) if key in each else "(absent)" for each in flat)
-        for key in keys
-        if any(key not in each or each[key] != flat[0].get(key) for each in flat)
-    }
+    """The keys in which nested values differ, each with what every one of them has there.
+
+    Of a section that some of them lack there is the section alone.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name in dict.fromkeys(name for tree in trees for name in tree):
+        values = [tree[name] for tree in trees if name in tree]
+        is_everywhere = len(values) == len(trees)
+        if is_everywhere and all(isinstance(value, dict) for value in values):
+            found |= {f"{name}.{below}": sides for below, sides in differing(*values).items()}
+        elif not is_everywhere or any(value != values[0] for value in values):
+            found[name] = tuple(show(t[name]) if name in t else "(absent)" for t in trees)
+    return found

@@ -175,8 +175,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 raise ValueError("found no step in it")
         except ValueError as error:
             raise DataError(
-                f"{path}, line {number} is not JSON of ours ({error}); expected one object with a "
-                "step per line: remove the line, or move the file away"
+                f"{path}, line {number} is not JSON of a run ({error}); expected one object with "
+                "a step per line: remove the line, or move the file away"
             ) from error
         records.append(record)
     return records

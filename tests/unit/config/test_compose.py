@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_like.config.command_line import parse
+from nemo_like.config.draft import differing
 from nemo_like.config.sft import SFTTree
 
 ROOT = Path(__file__).parents[3]
@@ -227,3 +228,15 @@ def test_the_openmathinstruct_configs_keep_their_model_and_its_tokenizer(sft):
         policy = sft("--config", f"configs/{name}.yaml").tree.policy
         names = (policy.model_name, policy.tokenizer.name)
         assert names == ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct")
+
+
+def test_trees_differ_in_keys_or_in_whole_sections_that_one_lacks():
+    one = {"a": {"x": 1, "y": [1, 2], "z": {"k": 0}}, "b": {"c": 1}}
+    other = {"a": {"x": 2, "y": [1, 2], "z": None}, "d": 0}
+    assert differing(one, other) == {
+        "a.x": ("1", "2"),
+        "a.z": ('{"k": 0}', "null"),
+        "b": ('{"c": 1}', "(absent)"),
+        "d": ("(absent)", "0"),
+    }
+    assert differing(one, one, one) == differing(one) == differing() == {}

@@ -97,7 +97,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["logs/foreign"], "metrics.jsonl, line 1 is not JSON of ours (found no step in it)"),
+        (["logs/foreign"], "metrics.jsonl, line 1 is not JSON of a run (found no step in it)"),
         (["logs/nowhere"], "logs/nowhere holds no metrics.jsonl"),
         (["logs/a", "logs/a"], "two runs are called a: name them apart, as NAME=logs/a"),
         (["logs/a", "--metrics", "train/l"], "--metrics train/l: no run has it; there are"),
