@@ -26,7 +26,7 @@ def run():
 
 def dry_run():
     """The function that tells what would happen."""
-    from nemo_like.run.dry_run import dry_run_grpo
+    from nemo_like.plan.dry_run import dry_run_grpo
 
     return dry_run_grpo
 

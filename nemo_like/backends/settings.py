@@ -17,7 +17,8 @@ class BackendSettings:
     Log-probabilities are of logits divided by `temperature`, as engines draw tokens. The schedules
     go on by one in every `updates_per_step` optimizer steps. A collective fails after
     `collective_timeout_s`: later than the driver, who can say which ranks are missing. A step on
-    tokens whose `token_mult_prob_error` is above `mismatch_limit` in the mean is refused.
+    tokens whose `token_mult_prob_error` is above `mismatch_limit` in the mean is refused. Without
+    `loads_weights` they are left as they are allocated: for who wants to know what a step needs.
     """
 
     seed: int
@@ -29,3 +30,4 @@ class BackendSettings:
     updates_per_step: int = 1
     collective_timeout_s: float = 1860.0
     mismatch_limit: float | None = None
+    loads_weights: bool = True

@@ -37,10 +37,24 @@ Mode = Literal["run", "dry_run", "print_config", "help"]
 OPTIONS = {
     "--config": "FILE     the configuration (from here, from the repository, or from its configs/)",
     "--dry-run": "         show what would happen, and start nothing",
+    "--device": "NAME     with --dry-run: forecast memory, traffic and time on h100-80gb, ...",
+    "--json": "            with --dry-run: print what was found as JSON",
     "--print-config": "    print the whole resolved configuration as YAML",
     "--multirun": "        run every combination of a=1,2 b=x,y one after the other",
     "--help": "[KEY]      every key with type and default; or those of one block",
 }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What else a dry run is asked for: a forecast for a device, and the form of the answer."""
+
+    device: str | None = None
+    as_json: bool = False
+
+
+PLAIN = Asked()
+"""Nothing else."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Invocation(Generic[Tree]):
     sweep: tuple[Tree, ...]
     notes: tuple[str, ...] = ()
     output: str = ""
+    asked: Asked = PLAIN
 
 
 def parse(argv: Sequence[str], *, tree: type[Tree], default_config: Path) -> Invocation[Tree]:
@@ -77,6 +92,9 @@ def parse(argv: Sequence[str], *, tree: type[Tree], default_config: Path) -> Inv
         return Invocation(tree(), mode, path or default_config, (), (), output=text)
 
     problems = [_no_such_option(word) for word in rest if word.startswith("-")]
+    asked = Asked(options.device, options.json)
+    if asked != PLAIN and mode != "dry_run":
+        problems.append(Problem("--device and --json say what a dry run shows: add --dry-run"))
     if path is None:
         problems.append(_no_such_file(options.config or str(default_config)))
     texts = [word for word in rest if not word.startswith("-")]
@@ -93,6 +111,7 @@ def parse(argv: Sequence[str], *, tree: type[Tree], default_config: Path) -> Inv
         sweep=tuple(trees),
         notes=tuple(dict.fromkeys(notes)),
         output="---\n".join(to_yaml(t) for t in trees) if mode == "print_config" else "",
+        asked=asked,
     )
 
 
@@ -184,6 +203,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--device")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")

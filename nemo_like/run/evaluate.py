@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_like.assets import model_folder
 from nemo_like.checkpoint import layout
 from nemo_like.checkpoint.hf_import import read_hf
+from nemo_like.config.command_line import PLAIN, Asked
 from nemo_like.config.generation import RolloutPolicyConfig
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.errors import ConfigError
@@ -58,10 +59,12 @@ def run_evaluate(tree: GRPOTree) -> int:
     return Session(tree).run(lambda session, stack: _evaluate(tree, session, stack))
 
 
-def dry_run_evaluate(tree: GRPOTree) -> int:
+def dry_run_evaluate(tree: GRPOTree, asked: Asked = PLAIN) -> int:
     """Print what `run_evaluate` would do with this configuration; the exit code."""
     console = RunConsole()
     try:
+        if asked != PLAIN:
+            raise ConfigError("--device and --json are for a run that trains: leave them out")
         tree = prepared(tree)
         folder = model_folder(tree.policy.model_name, with_weights=False)
     except ConfigError as error:

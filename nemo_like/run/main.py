@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from nemo_like.config.command_line import Invocation, parse
+from nemo_like.config.command_line import Asked, Invocation, parse
 from nemo_like.config.tree import RunTree
 from nemo_like.errors import ConfigError
 
 Tree = TypeVar("Tree", bound=RunTree)
 Run = Callable[[Tree], int]
+DryRun = Callable[[Tree, Asked], int]
 
 
 def main(
@@ -33,7 +34,7 @@ def main(
     tree: type[Tree],
     default_config: Path,
     run: Callable[[], Run[Tree]],
-    dry_run: Callable[[], Run[Tree]],
+    dry_run: Callable[[], DryRun[Tree]],
 ) -> int:
     """The exit code of a command line.
 
@@ -51,7 +52,8 @@ def main(
             sys.stdout.write(invocation.output)
             return 0
         case "dry_run":
-            return _sweep(invocation, dry_run())
+            tell = dry_run()
+            return _sweep(invocation, lambda tree: tell(tree, invocation.asked))
         case "run":
             # Only before torch is imported. OpenMP threads that spin while they wait, beside any
             # busy process, cost a factor of ten.

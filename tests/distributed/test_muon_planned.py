@@ -37,14 +37,17 @@ def outlook_in_training(folder, dtensor):
 def test_a_dry_run_foresees_owners_and_what_is_sent(pool, tmp_path, dtensor):
     from nemo_like.cluster.placement import place
     from nemo_like.config.run import ClusterConfig
+    from nemo_like.optim.outlook import outlook
+    from nemo_like.plan.dry_run import planned_exchange, planned_routing
     from nemo_like.run.build import parallel_sizes
-    from nemo_like.run.dry_run import planned_outlook, planned_routing
 
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     policy = policy_of(str(tmp_path), dtensor)
     cluster = ClusterConfig(gpus_per_node=0, cpu_workers_per_node=4)
     placement = place(cluster, parallel_sizes(policy), gpus_found=0)
-    planned = planned_outlook(policy, planned_routing(policy), placement)
+    routing = planned_routing(policy)
+    plans = planned_exchange(policy, routing, placement)
+    planned = outlook(policy.active_optimizer, routing, plans)
     assert planned["owners"].startswith("4 ranks with 3 to 4 matrices each")
     assert "bucket" in planned["sent in a step"]
     assert pool(4).run(outlook_in_training, str(tmp_path), dtensor) == [planned] * 4

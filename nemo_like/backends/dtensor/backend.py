@@ -150,6 +150,7 @@ def _build_model(
         model, mesh, compute_dtype=DTYPES[policy.precision], cpu_offload=config.cpu_offload
     )
     models.materialize(model, torch.device("cpu") if config.cpu_offload else device)
-    shapes = {name: tuple(p.shape) for name, p in models.named_parameters(model)}
-    models.load_weights(model, first.weights(shapes))
+    if settings.loads_weights:
+        shapes = {name: tuple(p.shape) for name, p in models.named_parameters(model)}
+        models.load_weights(model, first.weights(shapes))
     return model

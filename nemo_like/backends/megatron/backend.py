@@ -59,13 +59,14 @@ class MegatronBackend(RankBackend):
         model = build_model(
             policy, self.hf_config, self.parallel, device, temperature=settings.temperature
         )
-        blocks = local_blocks(
-            self.table,
-            dict(model.module.global_parameters()),
-            tp_rank=self.parallel.rank("tp"),
-            expert_tp_rank=self.parallel.rank("etp"),
-        )
-        load_weights(self.table, blocks, first.weights(self.table.hf_shapes))
+        if settings.loads_weights:
+            blocks = local_blocks(
+                self.table,
+                dict(model.module.global_parameters()),
+                tp_rank=self.parallel.rank("tp"),
+                expert_tp_rank=self.parallel.rank("etp"),
+            )
+            load_weights(self.table, blocks, first.weights(self.table.hf_shapes))
         blockwise = active.is_muon and active.muon_tp_mode == "blockwise"
         self.masters = Masters(
             model.module,

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from nemo_like.backends.megatron.rows import LocalRows, Piece
 
@@ -76,7 +76,7 @@ class CausalAttention(nn.Module):
         return torch.cat(rows).permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, piece: Piece) -> Tensor:
-        mask = causal_lower_right(_length(piece.queries), _length(piece.keys))
+        mask = _causal(_length(piece.queries), _length(piece.keys))
         return F.scaled_dot_product_attention(
             query[:, :, piece.queries],
             key[:, :, piece.keys],
@@ -85,6 +85,16 @@ class CausalAttention(nn.Module):
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+
+def _causal(num_queries: int, num_keys: int) -> CausalBias:
+    """What `causal_lower_right` gives, which would also allocate 8 x queries x keys bytes.
+
+    It hands its numbers to the constructor of a tensor, which takes them for sizes.
+    """
+    bias = torch.Tensor._make_subclass(CausalBias, torch.empty(0))
+    CausalBias.__init__(bias, CausalVariant.LOWER_RIGHT, num_queries, num_keys)
+    return bias
 
 
 def _length(part: slice) -> int:

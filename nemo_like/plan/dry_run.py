@@ -5,12 +5,16 @@ The model, who owns its parameters, the layout and the memory of a rank.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nemo_like.cluster.placement import Placement, count_local_gpus, place
-from nemo_like.config.command_line import parse
+from nemo_like.config.command_line import PLAIN, Asked, parse
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.megatron import MegatronConfig
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
@@ -19,58 +23,102 @@ from nemo_like.config.tree import RunTree
 from nemo_like.errors import NemoLikeError
 from nemo_like.observability.console import RunConsole
 from nemo_like.observability.records import Table, outlook_tables, ownership_table
+from nemo_like.optim.outlook import outlook
+from nemo_like.optim.plan import Plan
 from nemo_like.optim.routing import STATE_BYTES, Owner, Routing, embedding_names
 from nemo_like.optim.views import attention_shape
+from nemo_like.plan.devices import device_named
+from nemo_like.plan.outline import Outline, outline
+from nemo_like.plan.tables import plan_data, plan_tables
 from nemo_like.run.build import parallel_sizes
 from nemo_like.run.model_config import hf_config_of
 
 
-def dry_run_sft(tree: SFTTree) -> int:
+def dry_run_sft(tree: SFTTree, asked: Asked = PLAIN) -> int:
     """Print what `run_sft` would do with this configuration; the exit code."""
-    return _dry_run(tree, dict)
+    return _dry_run(tree, dict, asked)
 
 
-def dry_run_grpo(tree: GRPOTree) -> int:
+def dry_run_grpo(tree: GRPOTree, asked: Asked = PLAIN) -> int:
     """Print what `run_grpo` would do with this configuration; the exit code."""
-    return _dry_run(tree, lambda: _rollout_facts(tree))
+    return _dry_run(tree, lambda: _rollout_facts(tree), asked)
 
 
-def _dry_run(tree: RunTree, own_facts: Callable[[], dict[str, str]]) -> int:
+def _dry_run(tree: RunTree, own_facts: Callable[[], dict[str, str]], asked: Asked) -> int:
     console = RunConsole()
     try:
+        device = None if asked.device is None else device_named(asked.device)
         placement = place(
             tree.training_cluster, parallel_sizes(tree.policy), gpus_found=count_local_gpus()
         )
-        console.table(_run_table(tree, placement, own_facts()))
-        for table in _tables_of_backend(tree.policy, placement):
+        tables = [_run_table(tree, placement, own_facts())]
+        parameters = _parameters(tree.policy, placement)
+        tables += parameters.tables
+        found = None
+        if device is not None:
+            counts = parameters.plans, parameters.num_parameters
+            found = outline(tree, placement, device, *counts)
+            tables += plan_tables(found)
+        if asked.as_json:
+            sys.stdout.write(json.dumps(_as_data(tables, found), indent=1) + "\n")
+            return 0
+        for table in tables:
             console.table(table)
     except NemoLikeError as error:
         console.error(error, last_checkpoint=None, next_command=None)
         return error.exit_code
+    if device is None:
+        console.say("--device h100-80gb tells activations, traffic and time too, and what fits")
     console.say("dry run: nothing was started")
     return 0
 
 
-def _tables_of_backend(policy: PolicyConfig, placement: Placement) -> Iterator[Table]:
+def _as_data(tables: Iterable[Table], found: Outline | None) -> dict[str, Any]:
+    """What was found, with texts as they are shown and the forecast in numbers."""
+    shown = {
+        table.title: [
+            dict(zip(table.columns, row, strict=True)) if all(table.columns) else list(row)
+            for row in table.rows
+        ]
+        for table in tables
+    }
+    return {"tables": shown, "forecast": None if found is None else plan_data(found)}
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """Those of a model, laid over the ranks: their number, Muon's plans, and what to show."""
+
+    num_parameters: int
+    plans: list[Plan]
+    tables: list[Table]
+
+
+def _parameters(policy: PolicyConfig, placement: Placement) -> _Parameters:
     """Owners, what to expect of Muon, and memory, as the active backend would have them."""
     match policy.backend:
         case DTensorConfig() as config:
             routing = planned_routing(policy)
-            yield ownership_table([vars_of(row) for row in routing.rows])
-            yield from outlook_tables(planned_outlook(policy, routing, placement))
-            yield _memory_table(_memory_of_dtensor(routing.rows, config, placement))
+            plans = planned_exchange(policy, routing, placement)
+            owners = [vars_of(row) for row in routing.rows]
+            number = sum(row.numel for row in routing.rows)
+            memory = _memory_of_dtensor(routing.rows, config, placement)
         case MegatronConfig():
-            yield from _tables_of_megatron(policy, placement)
+            from nemo_like.backends.megatron.forecast import Forecast, memory_facts
 
-
-def _tables_of_megatron(policy: PolicyConfig, placement: Placement) -> Iterator[Table]:
-    from nemo_like.backends.megatron.forecast import Forecast, memory_facts
-    from nemo_like.optim.outlook import outlook
-
-    forecast = Forecast(policy, hf_config_of(policy), placement.world_size)
-    yield ownership_table(forecast.owners)
-    yield from outlook_tables(outlook(policy.active_optimizer, forecast.routing, forecast.plans))
-    yield _memory_table(memory_facts(forecast.memory()))
+            forecast = Forecast(policy, hf_config_of(policy), placement.world_size)
+            routing, plans, owners = forecast.routing, forecast.plans, forecast.owners
+            number = sum(math.prod(shape) for shape in forecast.table.hf_shapes.values())
+            memory = memory_facts(forecast.memory())
+    return _Parameters(
+        number,
+        plans,
+        [
+            ownership_table(owners),
+            *outlook_tables(outlook(policy.active_optimizer, routing, plans)),
+            _memory_table(memory),
+        ],
+    )
 
 
 def vars_of(row: Owner) -> dict[str, object]:
@@ -95,15 +143,14 @@ def planned_routing(policy: PolicyConfig) -> Routing:
     return routing
 
 
-def planned_outlook(policy: PolicyConfig, routing: Routing, placement: Placement) -> dict[str, str]:
-    """What to expect of Muon on these ranks, where training would lay its matrices."""
+def planned_exchange(policy: PolicyConfig, routing: Routing, placement: Placement) -> list[Plan]:
+    """Muon's work on these ranks, where training would lay its matrices; none without Muon."""
     import torch
     from torch.distributed.tensor import Replicate, Shard
 
     from nemo_like.backends.dtensor.parallelize import COLUMN_WISE, ROW_WISE
     from nemo_like.optim.build import muon_rule
     from nemo_like.optim.layout import layout_on
-    from nemo_like.optim.outlook import outlook
 
     config = policy.dtensor_cfg
     mesh = torch.arange(placement.world_size)
@@ -115,9 +162,10 @@ def planned_outlook(policy: PolicyConfig, routing: Routing, placement: Placement
         for row in rows
         for leaf in [row.name.removesuffix(".weight").rpartition(".")[2]]
     ]
+    if not rows:
+        return []
     rule = muon_rule(policy.active_optimizer)
-    plan = rule.plan(layouts, [row.view for row in rows], torch.float32)
-    return outlook(policy.active_optimizer, routing, [plan])
+    return [rule.plan(layouts, [row.view for row in rows], torch.float32)]
 
 
 def _rollout_facts(tree: GRPOTree) -> dict[str, str]:

@@ -8,7 +8,7 @@ import pytest
 from nemo_like.config.command_line import parse
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.sft import SFTTree
-from nemo_like.run.dry_run import dry_run_grpo, dry_run_sft
+from nemo_like.plan.dry_run import dry_run_grpo, dry_run_sft
 from tools.suites import RECIPES, tree_of
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,1 @@
+"""What a run would need and do, found on a laptop before anything is started."""

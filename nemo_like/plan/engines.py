@@ -1,0 +1,54 @@
+"""What an engine does with its share of a GPU: weights, and a cache of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_like.config.generation import RolloutPolicyConfig
+from nemo_like.plan.devices import Device
+
+BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One GPU of an engine. Units: bytes; tokens.
+
+    What vLLM itself takes for a forward pass and for CUDA graphs comes off `cache`: it measures
+    that when it starts.
+    """
+
+    weights: float
+    cache: float
+    bytes_per_token: float
+    sequences: float
+    """Of the longest, that the cache holds at the same time."""
+    asked: int
+    """Sequences that are to be decoded at the same time."""
+    share: float
+    """Of the GPU's memory, for all of it."""
+
+
+def engine_plan(
+    policy: RolloutPolicyConfig, hf_config: Any, num_parameters: int, device: Device
+) -> EnginePlan:
+    """What each GPU of an engine of this policy holds."""
+    asked = policy.generation.vllm_cfg
+    itemsize = BYTES[asked.precision or policy.precision]
+    tensor = asked.tensor_parallel_size
+    head_dim = getattr(hf_config, "head_dim", None) or (
+        hf_config.hidden_size // hf_config.num_attention_heads
+    )
+    heads = max(1, hf_config.num_key_value_heads // tensor)  # at least one on each part
+    per_token = 2 * hf_config.num_hidden_layers * heads * head_dim * itemsize
+    weights = num_parameters * itemsize / tensor
+    cache = asked.gpu_memory_utilization * device.memory - weights
+    return EnginePlan(
+        weights=weights,
+        cache=cache,
+        bytes_per_token=per_token,
+        sequences=max(0.0, cache) / (per_token * policy.max_model_len),
+        asked=policy.generation.max_num_seqs,
+        share=asked.gpu_memory_utilization,
+    )
