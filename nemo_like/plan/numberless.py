@@ -36,7 +36,7 @@ class Numberless(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.stage_shape: tuple[int, ...] = ()
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -45,6 +45,8 @@ class Numberless(TorchDispatchMode):
         if any(kind not in PLAIN for kind in types):
             return NotImplemented
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(isinstance(t, FakeTensor) and t.fake_mode is not self.fake for t in tensors):
+            return func(*args, **kwargs)  # DTensor works out a shape
         if func.namespace == "c10d" and not any(isinstance(t, FakeTensor) for t in tensors):
             return self._exchanged(func, args, kwargs)
         if any(isinstance(t, FakeTensor) for t in tensors):
@@ -60,7 +62,7 @@ class Numberless(TorchDispatchMode):
         return tree_map_only(Tensor, self._without_numbers, func(*args, **kwargs))
 
     def _faked(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        with self._fake:
+        with self.fake:
             return func(*args, **kwargs)
 
     def _computed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -96,7 +98,7 @@ class Numberless(TorchDispatchMode):
     def _without_numbers(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor) or not tensor.is_floating_point() or not tensor.numel():
             return tensor
-        return self._fake.from_tensor(tensor)
+        return self.fake.from_tensor(tensor)
 
 
 def _as_positions(index: Tensor | None) -> Tensor | None:

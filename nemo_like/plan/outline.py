@@ -75,8 +75,9 @@ class Outline:
             yield (
                 f"an engine's {engine.share:.0%} of a GPU hold "
                 f"{max(0, engine.cache) / 1e9:,.1f} GB of keys and values beside "
-                f"{engine.weights / 1e9:,.1f} GB of weights, less than one longest sequence: raise {block}.gpu_memory_utilization or "
-                f"{block}.tensor_parallel_size, or lower {block}.max_model_len"
+                f"{engine.weights / 1e9:,.1f} GB of weights, less than one longest sequence: raise "
+                f"{block}.gpu_memory_utilization or {block}.tensor_parallel_size, or lower "
+                f"{block}.max_model_len"
             )
         together = self.resting + engine.share * room
         if self.shares_gpus and together > room:

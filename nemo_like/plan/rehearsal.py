@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_like.backends.base import RankBackend
 from nemo_like.backends.settings import BackendSettings
@@ -108,9 +110,10 @@ def rehearse(
     few = _few_layers(policy, layers)
     runs = [_runs(policy, world_size, rank, work, layers=n) for n in few]
     factor = (layers - few[0]) / (few[1] - few[0]) if len(few) == 2 else 0
-    one, two = (a.towards(b, factor) for a, b in zip(runs[0], runs[-1], strict=True))
-    if work.num_micro_batches == 1:
+    one, *more = (a.towards(b, factor) for a, b in zip(runs[0], runs[-1], strict=True))
+    if not more:
         return one
+    (two,) = more
     whole = one.towards(two, work.num_micro_batches - 1)
     under_way = min(work.num_micro_batches, stages_behind + 1)
     held = one.towards(two, max(1, under_way - 1))
@@ -140,15 +143,16 @@ def _runs(
         small["megatron_cfg"] = policy.megatron_cfg.model_copy(update=even)
     overrides["num_hidden_layers"] = stages * layers
     policy = policy.model_copy(update=small)
-    with rank_of(world_size, rank) as mode:
+    counts = range(1, min(2, work.num_micro_batches) + 1)
+    with rank_of(world_size, rank) as mode, ExitStack() as undo:
         backend = start(policy, BackendSettings(seed=0, loads_weights=False))
+        undo.enter_context(closing(backend))
+        undo.enter_context(_routes(policy))
         mode.stage_shape = _stage_shape(policy, backend, work)
         backend.begin(1)
-        with _routes(policy):
-            counts = (1, min(2, work.num_micro_batches))
-            found = [observe(policy, backend, work.share(n), NLL()) for n in counts]
-        backend.close()
-    return found
+        return [
+            observe(policy, backend, work.share(n), NLL(), numberless=mode.fake) for n in counts
+        ]
 
 
 def start(policy: PolicyConfig, settings: BackendSettings) -> RankBackend:
@@ -170,7 +174,7 @@ def _routes(policy: PolicyConfig) -> AbstractContextManager[None]:
     return even_routes()
 
 
-def _stage_shape(policy: PolicyConfig, backend: RankBackend, work: Work) -> tuple[int, ...]:
+def _stage_shape(policy: PolicyConfig, backend: Any, work: Work) -> tuple[int, ...]:
     """The hidden states between two stages of a pipeline."""
     if isinstance(policy.backend, DTensorConfig):
         return ()
@@ -180,13 +184,22 @@ def _stage_shape(policy: PolicyConfig, backend: RankBackend, work: Work) -> tupl
     return tokens, len(work.rows), int(backend.model.module.config.hidden_size)
 
 
-def observe(policy: PolicyConfig, backend: RankBackend, share: Shard, loss: Loss) -> Rehearsed:
+def observe(
+    policy: PolicyConfig,
+    backend: Any,
+    share: Shard,
+    loss: Loss,
+    *,
+    numberless: FakeTensorMode | None = None,
+) -> Rehearsed:
     """Take one step of a backend that has begun, and tell what it took."""
     is_fsdp = isinstance(policy.backend, DTensorConfig)
     stage: Any = backend.model if is_fsdp else backend.model.module
     vocab = hf_config_of(policy).vocab_size
     tp = policy.backend.model_parallel_size if is_fsdp else backend.parallel.size("tp")
-    watch = Watch(vocab_sizes={vocab // tp, -(-vocab // tp)}, is_fsdp=is_fsdp)
+    watch = Watch(
+        numberless=numberless, vocab_sizes={vocab // tp, -(-vocab // tp)}, is_fsdp=is_fsdp
+    )
     parameters = [p for group in backend.optimizer.param_groups for p in group["params"]]
 
     def forward_ended(*_: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -61,11 +62,19 @@ class Watch(TorchDispatchMode):
     Bytes are those of tensors, without what an allocator rounds up or keeps. New memory counts as
     activations, in a backward pass as temporary, until `name` says what it is. Logits are known by
     their last dimension. With `is_fsdp` what is gathered and reduced are weights and gradients.
+    Fake tensors are a rank's own where they are of the mode `numberless`; DTensor has some too,
+    when it works out shapes.
     """
 
-    def __init__(self, *, vocab_sizes: Set[int] = frozenset(), is_fsdp: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        numberless: FakeTensorMode | None = None,
+        vocab_sizes: Set[int] = frozenset(),
+        is_fsdp: bool = False,
+    ) -> None:
         super().__init__()
-        self._vocab_sizes, self._is_fsdp = vocab_sizes, is_fsdp
+        self._numberless, self._vocab_sizes, self._is_fsdp = numberless, vocab_sizes, is_fsdp
         self.part = LAYERS
         self.held: Counter[str] = Counter()
         self.usage: defaultdict[str, Usage] = defaultdict(Usage)
@@ -115,6 +124,8 @@ class Watch(TorchDispatchMode):
             return NotImplemented
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if not all(self._is_own(x) for x in tree_leaves((args, kwargs, result))):
+            return result
         if func.namespace in ("c10d", "_c10d_functional"):
             self._exchanged(func, args, result)
         elif (packet := func._overloadpacket) in FLOPS:
@@ -123,6 +134,11 @@ class Watch(TorchDispatchMode):
             if isinstance(tensor, Tensor) and type(tensor) in PLAIN:
                 self._see(tensor)
         return result
+
+    def _is_own(self, value: Any) -> bool:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode is self._numberless
+        return not isinstance(value, Tensor) or not value.is_meta
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -205,7 +221,9 @@ def _send(tensors: Any, group: dist.ProcessGroup) -> tuple[str, dist.ProcessGrou
 def _broadcast(
     tensors: Any, group: dist.ProcessGroup, source: int
 ) -> tuple[str, dist.ProcessGroup, float]:
-    return "broadcast", group, _bytes(tensors) if source == group.rank() else 0
+    # Python objects travel as bytes, and say nothing of the size of a run.
+    numbers = [t for t in tensors if t.is_floating_point() and source == group.rank()]
+    return "broadcast", group, _bytes(numbers)
 
 
 SENT: dict[Any, Any] = {

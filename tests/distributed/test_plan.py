@@ -64,13 +64,22 @@ def found_on_this_rank(folder, block):
     backend.begin(total_steps=10)
     found = observe(policy, backend, work.share(work.num_micro_batches), NLL())
     backend.close()
-    sent = {(m.part, m.sort, m.ranks): amount for m, amount in found.sent.items()}
     return {
         "peak": dict(found.peak),
         "after_forward": dict(found.after_forward),
-        "sent": sent,
+        "sent": sent_by(found),
         "flops": dict(found.flops),
     }
+
+
+def sent_by(found):
+    """Bytes by part of the step, sort of message and ranks."""
+    sent = {}
+    for m, amount in found.sent.items():
+        if amount:
+            key = f"{m.part}, {m.sort}, {m.ranks}"
+            sent[key] = sent.get(key, 0) + amount
+    return sent
 
 
 @pytest.mark.parametrize("label", list(LAYOUTS))
@@ -89,8 +98,7 @@ def test_a_rank_holds_and_sends_what_the_forecast_says(pool, tmp_path, label):
         forecast = rehearse(
             policy, world, rank, work, layers=layers[stage], stages_behind=stages - 1 - stage
         )
-        sent = {(m.part, m.sort, m.ranks): amount for m, amount in forecast.sent.items()}
-        assert sent == pytest.approx(real[rank]["sent"], rel=1e-9)
+        assert sent_by(forecast) == pytest.approx(real[rank]["sent"], rel=1e-9)
         assert forecast.flops == pytest.approx(real[rank]["flops"], rel=1e-9)
         for moment in ("peak", "after_forward"):
             expected = sum(real[rank][moment].values())
