@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten, c10d = torch.ops.aten, torch.ops.c10d
@@ -45,8 +46,6 @@ class Numberless(TorchDispatchMode):
         if any(kind not in PLAIN for kind in types):
             return NotImplemented
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if any(isinstance(t, FakeTensor) and t.fake_mode is not self.fake for t in tensors):
-            return func(*args, **kwargs)  # DTensor works out a shape
         if func.namespace == "c10d" and not any(isinstance(t, FakeTensor) for t in tensors):
             return self._exchanged(func, args, kwargs)
         if any(isinstance(t, FakeTensor) for t in tensors):
@@ -131,9 +130,24 @@ def rank_of(world_size: int, rank: int) -> Iterator[Numberless]:
         undo.enter_context(patch.object(torch.cuda, "is_available", lambda: False))
         # Everything is where it belongs, and fake parameters can not be swapped.
         undo.enter_context(patch.object(nn.Module, "to", lambda module, *_, **__: module))
+        undo.enter_context(patch.object(ShardingPropagator, "_fake_mode_lock", _Aside()))
         mode = Numberless()
         undo.enter_context(mode)
         yield mode
+
+
+class _Aside:
+    """Inside, no mode is active: DTensor finds out shapes, which is no work of the rank."""
+
+    def __init__(self) -> None:
+        self._within: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._within.append(_disable_current_modes())
+        self._within[-1].__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._within.pop().__exit__(*exc)
 
 
 def _leave() -> None:
