@@ -135,7 +135,7 @@ def _time(found: Outline) -> Table:
         for name, value in sorted(seconds.items(), key=lambda pair: -pair[1])
     )
     title = "An optimizer step at the device's stated peaks, nothing overlapped"
-    return Table(title, ("", "seconds", "share"), rows)
+    return Table(title, ("part", "seconds", "share"), rows)
 
 
 def _verdict(found: Outline) -> Table:

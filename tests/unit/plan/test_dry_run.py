@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from nemo_like.config.command_line import parse
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.sft import SFTTree
+from nemo_like.errors import ConfigError
 from nemo_like.plan.dry_run import dry_run_grpo, dry_run_sft
 from tools.suites import RECIPES, tree_of
 
@@ -105,3 +107,27 @@ def test_every_recipe_is_planned_without_a_network(name, capsys, monkeypatch):
     plan = dry_run_sft if name.startswith("sft-") else dry_run_grpo
     assert plan(tree_of(name)) == 0
     assert "One rank's memory" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_a_forecast_tells_what_fits_and_which_key_to_change(capsys):
+    default = Path("configs/grpo_math.yaml")
+    argv = ["--dry-run", "--json", "--device", "h100-80gb", "cluster.gpus_per_node=2"]
+    asked = parse(argv, tree=GRPOTree, default_config=default)
+    assert dry_run_grpo(asked.tree, asked.asked) == 0
+    told = json.loads(capsys.readouterr().out)
+    forecast = told["forecast"]
+    assert forecast["misfits"] == []
+    assert forecast["engine"]["sequences"] > 100
+    (rank,) = forecast["ranks"].values()
+    kinds = rank["fullest_moment"]
+    assert kinds["optimizer state"] == pytest.approx(2 * kinds["weights"], rel=0.01)
+    assert {place["data"] for place in forecast["places"]} == {0, 1}
+    times = "An optimizer step at the device's stated peaks, nothing overlapped"
+    shares = [row["share"] for row in told["tables"][times]]
+    assert sum(float(share.rstrip("%")) for share in shares) == pytest.approx(100, abs=0.5)
+
+
+def test_what_a_dry_run_is_asked_for_belongs_to_one():
+    with pytest.raises(ConfigError, match="add --dry-run"):
+        parse(["--json"], tree=SFTTree, default_config=Path("configs/sft_tiny.yaml"))
