@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -26,20 +27,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from nemo_like.observability.curves import Chart, Series
+from nemo_like.observability.plots import save_picture
 from nemo_like.observability.run_folder import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 RAW = ROOT / "docs/studies/adamw_vs_muon"
 PAGE = ROOT / "docs/muon-evidence.md"
 SEEDS = (1, 2, 3)
-COLOURS = {"adamw": "#3b82f6", "muon": "#f59e0b"}
-GREY = "#808080"  # readable on white and on black
 WINDOW = 10
 """Steps whose training loss is kept as one mean."""
 
@@ -57,8 +52,9 @@ class Task:
     overrides: tuple[str, ...] = ()
 
     def best(self, values: dict[float, float]) -> float:
-        """The rate with the best value."""
-        return (min if self.is_loss else max)(values, key=lambda rate: values[rate])
+        """The rate with the best value; one whose run diverged has none."""
+        finite = {rate: value for rate, value in values.items() if math.isfinite(value)}
+        return (min if self.is_loss else max)(finite, key=lambda rate: finite[rate])
 
 
 SFT_RATES = dict.fromkeys(("adamw", "muon"), (3e-4, 1e-3, 3e-3, 1e-2))
@@ -232,46 +228,26 @@ def _points(runs: Runs) -> Iterator[tuple[float, float, float]]:
 
 def draw(name: str, target: Path) -> None:
     """Final values against the rate, and the best curves against steps and against seconds."""
-    task = TASKS[name]
-    with mpl.rc_context({"svg.hashsalt": name, "font.size": 9}):
-        figure = Figure(figsize=(9.6, 2.9), layout="constrained")
-        figure.patch.set_alpha(0)
-        rate, step, second = figure.subplots(1, 3)
-        for runs in read_runs(name):
-            colour = COLOURS[runs.optimizer]
-            final, rates = runs.final, list(runs.final)
-            means = [statistics.fmean(final[lr]) for lr in rates]
-            rate.plot(rates, means, color=colour, marker="o", markersize=3)
-            least, most = [min(final[lr]) for lr in rates], [max(final[lr]) for lr in rates]
-            rate.fill_between(rates, least, most, color=colour, alpha=0.2, linewidth=0)
-            label = f"{runs.optimizer}, lr {runs.best_rate:g}"
-            step.plot(*runs.curve("step"), color=colour, label=label)
-            second.plot(*runs.curve("seconds"), color=colour)
-        rate.set_xscale("log")
-        for axes, label in ((rate, "learning rate"), (step, "step"), (second, "seconds")):
-            _dress(axes, label, is_log=task.is_loss)
-        rate.set_ylabel(task.metric.rpartition("/")[2], color=GREY)
-        step.legend(frameon=False, labelcolor=GREY)
-        figure.suptitle(task.title, color=GREY, fontsize=10)
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-
-
-def _dress(axes: Axes, label: str, *, is_log: bool) -> None:
-    axes.patch.set_alpha(0)
-    axes.set_xlabel(label, color=GREY)
-    if is_log:
-        axes.set_yscale("log")
-    axes.tick_params(colors=GREY, which="both")
-    for side, spine in axes.spines.items():
-        spine.set_color(GREY)
-        spine.set_visible(side in ("left", "bottom"))
+    metric = TASKS[name].metric.rpartition("/")[2]
+    found = read_runs(name)
+    finals: Series = {
+        runs.optimizer: {math.log10(lr): statistics.fmean(f) for lr, f in runs.final.items()}
+        for runs in found
+    }
+    charts = [Chart(f"{metric} in the end", finals, across="log10 of the learning rate")]
+    for over, across in (("step", "step"), ("seconds", "seconds of training")):
+        lines: Series = {
+            runs.optimizer: dict(zip(*runs.curve(over), strict=True)) for runs in found
+        }
+        charts.append(Chart(f"{metric}, at the best rate of each", lines, across=across))
+    save_picture(charts, target)
 
 
 def write_report() -> None:
     """Draw the pictures, and put the tables into their places in the page."""
     page = PAGE.read_text()
     for name in TASKS:
-        if len(read_runs(name)) == len(COLOURS):
+        if len(read_runs(name)) == len(TASKS[name].rates):
             draw(name, RAW.with_name(f"adamw_vs_muon_{name}.svg"))
             page = with_results(page, name)
     PAGE.write_text(page)
