@@ -93,7 +93,7 @@ def parse(argv: Sequence[str], *, tree: type[Tree], default_config: Path) -> Inv
 
     problems = [_no_such_option(word) for word in rest if word.startswith("-")]
     asked = Asked(options.device, options.json)
-    if asked != PLAIN and mode != "dry_run":
+    if asked != PLAIN and not options.dry_run:
         problems.append(Problem("--device and --json say what a dry run shows: add --dry-run"))
     if path is None:
         problems.append(_no_such_file(options.config or str(default_config)))
