@@ -25,6 +25,8 @@ from nemo_like.run.model_config import hf_config_of
 from nemo_like.types import Example, MicroBatch, Shard, TrainBatch
 
 WEIGHTS, MASTERS, STATE = "weights", "fp32 masters", "optimizer state"
+ANY_SCHEDULE = 10**9
+"""A run so long that every warm-up and decay has room: what a step takes does not depend on it."""
 K = TypeVar("K")
 
 
@@ -154,7 +156,7 @@ def _runs(
         # The plan knows what it costs; on a CPU it is many small operations.
         undo.enter_context(patch.object(muon, "polar", lambda X, **_: torch.empty_like(X)))
         mode.stage_shape = _stage_shape(policy, backend, work)
-        backend.begin(1)
+        backend.begin(ANY_SCHEDULE)
         return [
             observe(policy, backend, work.share(n), NLL(), numberless=mode.fake) for n in counts
         ]

@@ -34,7 +34,7 @@ def policy_of(folder, block):
         own["megatron_cfg"]["num_layers_in_first_pipeline_stage"] = 3
     return PolicyConfig(
         model_name=folder, init="random", max_total_sequence_length=64, train_micro_batch_size=2,
-        train_global_batch_size=16, logprob_chunk_size=32,
+        train_global_batch_size=16, scheduler={"lr_warmup_iters": 10}, logprob_chunk_size=32,
         **{"dtensor_cfg": {"enabled": False}} | own,
     )  # fmt: skip
 
@@ -102,4 +102,4 @@ def test_a_rank_holds_and_sends_what_the_forecast_says(pool, tmp_path, label):
         assert forecast.flops == pytest.approx(real[rank]["flops"], rel=1e-9)
         for moment in ("peak", "after_forward"):
             expected = sum(real[rank][moment].values())
-            assert sum(getattr(forecast, moment).values()) == pytest.approx(expected, rel=0.1)
+            assert sum(getattr(forecast, moment).values()) == pytest.approx(expected, rel=0.03)
