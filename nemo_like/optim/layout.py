@@ -61,14 +61,13 @@ def layout_on(shape: Sequence[int], mesh: Tensor, placements: Sequence[Placement
     if any(placement.is_partial() for placement in placements):
         raise ValueError(f"placements {tuple(placements)} hold partial sums; reduce them first")
     holders: dict[tuple[Shape, Shape], list[int]] = {}
-    for coordinate in itertools.product(*map(range, mesh.shape)):
+    coordinates = itertools.product(*map(range, mesh.shape))
+    for coordinate, rank in zip(coordinates, mesh.flatten().tolist(), strict=True):
         local_shape, offset = _compute_local_shape_and_global_offset(
             tuple(shape), tuple(mesh.shape), list(coordinate), placements
         )
         if math.prod(local_shape):
-            holders.setdefault((tuple(offset), tuple(local_shape)), []).append(
-                int(mesh[coordinate])
-            )
+            holders.setdefault((tuple(offset), tuple(local_shape)), []).append(rank)
     blocks = tuple(Block(o, s, tuple(sorted(ranks))) for (o, s), ranks in holders.items())
     if not _is_grid(shape, blocks):
         raise ValueError(
