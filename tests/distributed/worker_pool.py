@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from functools import cache
+from functools import _lru_cache_wrapper, cache
 from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 120.0
+MANY_THREADS = 100
+"""Each process group has three, which wake up all the time."""
 GRACE_S = 5.0
 """How long the other ranks may take to fail too, before they count as stuck in a collective."""
 _HERE = Path(__file__).parent
@@ -126,8 +128,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
             return
         try:
             if dist.is_initialized():
-                dist.destroy_process_group()
-                gc.collect()  # models refer to themselves, and to their groups
+                _leave_world()
             address = f"file://{store}_{number}"
             dist.init_process_group("gloo", rank=rank, world_size=world_size, init_method=address)
             torch.manual_seed(0)
@@ -136,6 +137,23 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         except BaseException:  # the traceback is the answer, and the pool ends this process
             answer = pickle.dumps((True, traceback.format_exc()))
         pipe.send_bytes(answer)
+
+
+def _leave_world() -> None:
+    """Ends all process groups, and lets go of what would keep their threads alive."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import _redistribute, debug
+
+    dist.destroy_process_group()
+    gc.collect()  # models refer to themselves, and to their groups
+    if len(os.listdir("/proc/self/task")) > MANY_THREADS:
+        # For the life of a process DTensor remembers layouts, each with its mesh.
+        debug._clear_sharding_prop_cache()
+        _redistribute.clear_redistribute_planner_cache()
+        for found in gc.get_objects():
+            if type(found) is _lru_cache_wrapper and found.__module__.startswith("torch."):
+                found.cache_clear()
+        gc.collect()
 
 
 @cache
