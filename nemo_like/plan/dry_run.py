@@ -51,9 +51,8 @@ def _dry_run(tree: RunTree, own_facts: Callable[[], dict[str, str]], asked: Aske
         placement = place(
             tree.training_cluster, parallel_sizes(tree.policy), gpus_found=count_local_gpus()
         )
-        tables = [_run_table(tree, placement, own_facts())]
         parameters = _parameters(tree.policy, placement)
-        tables += parameters.tables
+        tables = [_run_table(tree, placement, own_facts(), parameters), *parameters.tables]
         found = None
         if device is not None:
             counts = parameters.plans, parameters.num_parameters
@@ -90,8 +89,15 @@ class _Parameters:
     """Those of a model, laid over the ranks: their number, Muon's plans, and what to show."""
 
     num_parameters: int
+    optimizer_bytes: int
     plans: list[Plan]
     tables: list[Table]
+
+    def checkpoint_bytes(self, tree: RunTree) -> int:
+        """Bytes of one checkpoint: fp32 weights, optimizer state, and the copy for transformers."""
+        saving, exported = tree.checkpointing, 2 if tree.policy.precision == "bfloat16" else 4
+        each = 4 + (exported if saving.model_save_format is not None else 0)
+        return each * self.num_parameters + (self.optimizer_bytes if saving.save_optimizer else 0)
 
 
 def _parameters(policy: PolicyConfig, placement: Placement) -> _Parameters:
@@ -110,8 +116,10 @@ def _parameters(policy: PolicyConfig, placement: Placement) -> _Parameters:
             routing, plans, owners = forecast.routing, forecast.plans, forecast.owners
             number = sum(math.prod(shape) for shape in forecast.table.hf_shapes.values())
             memory = memory_facts(forecast.memory())
+    state = sum(STATE_BYTES[row["optimizer"]] * math.prod(row["shape"]) for row in owners)
     return _Parameters(
         number,
+        state,
         plans,
         [
             ownership_table(owners),
@@ -121,7 +129,7 @@ def _parameters(policy: PolicyConfig, placement: Placement) -> _Parameters:
     )
 
 
-def vars_of(row: Owner) -> dict[str, object]:
+def vars_of(row: Owner) -> dict[str, Any]:
     """A row as a policy would report it."""
     return {"name": row.name, "shape": row.shape, "optimizer": row.optimizer, "reason": row.reason}
 
@@ -189,11 +197,15 @@ def _rollout_facts(tree: GRPOTree) -> dict[str, str]:
     return facts
 
 
-def _run_table(tree: RunTree, placement: Placement, own: dict[str, str]) -> Table:
+def _run_table(
+    tree: RunTree, placement: Placement, own: dict[str, str], parameters: _Parameters
+) -> Table:
     policy = tree.policy
     backend = policy.backend_key.removesuffix("_cfg")
     sizes = parallel_sizes(policy)
     device = "GPU" if placement.uses_gpu else "CPU"
+    folder = tree.checkpointing.checkpoint_dir
+    size = f"{parameters.checkpoint_bytes(tree) / 1e9:,.3g} GB"
     per_rank = math.ceil(policy.train_global_batch_size / placement.num_data_parallel)
     facts = {
         "model": f"{policy.model_name} ({policy.init} weights)",
@@ -208,7 +220,7 @@ def _run_table(tree: RunTree, placement: Placement, own: dict[str, str]) -> Tabl
         f"{sizes.pipeline.size} x context {sizes.context.size} x tensor {sizes.tensor.size}",
         **_expert_facts(policy, placement),
         "sequences of a rank and batch": str(per_rank),
-        "checkpoints": tree.checkpointing.checkpoint_dir if tree.checkpointing.enabled else "none",
+        "checkpoints": f"{folder}, {size} each" if tree.checkpointing.enabled else "none",
         "logs": tree.logger.log_dir,
     }
     return Table("What would be done", ("", ""), tuple(facts.items()))

@@ -3,10 +3,14 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from nemo_like.config.command_line import parse
+from nemo_like.config.sft import SFTTree
+from nemo_like.plan.dry_run import dry_run_sft
 from tests.e2e.commands import Place, sft, words
 
 STEPS = 10
@@ -139,3 +143,12 @@ def test_a_run_that_is_complete_says_so_and_changes_nothing(finished, capsys):
 def test_a_newborn_model_learns(finished):
     losses = finished[0].losses()
     assert losses[-1] < 0.75 * losses[0]
+
+
+def test_a_checkpoint_is_as_large_as_the_dry_run_says(finished, capsys):
+    place, _, _ = finished
+    config = Path("configs/sft_tiny.yaml")
+    assert dry_run_sft(parse(place.argv(*SETTINGS), tree=SFTTree, default_config=config).tree) == 0
+    said = re.search(r"([\d.]+) GB each", " ".join(capsys.readouterr().out.split()))
+    size = sum(file.stat().st_size for file in place.step(STEPS).rglob("*") if file.is_file())
+    assert size / 1e9 == pytest.approx(float(said[1]), rel=0.1)
