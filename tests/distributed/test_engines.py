@@ -26,7 +26,7 @@ from nemo_like.weight_sync.broadcast import Broadcast
 from nemo_like.weight_sync.digest import tensor_digest, weights_digest
 from nemo_like.weight_sync.ipc import Ipc
 
-TRANSPORTS = {"object_store": None, "ipc": Ipc(), "broadcast": Broadcast(deadline_s=20.0)}
+TRANSPORTS = {"object_store": None, "ipc": Ipc(), "broadcast": Broadcast(deadline_s=8.0)}
 PROMPTS = [Prompt(index, (1,) * (index + 1), "", "") for index in (7, 7, 7, 3, 3, 9, 2, 2)]
 SAMPLING = SamplingParams(4, seed=5)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 DRIVER = """
+import signal
 import sys
 from pathlib import Path
 from nemo_like.cluster.group import GroupConfig, WorkerGroup
@@ -25,6 +26,7 @@ def make():
             time.sleep(600)
     return Sleeper()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 cluster = RayCluster(ClusterConfig(gpus_per_node=0))
 group = WorkerGroup(
     cluster, GroupConfig("policy", place_single(uses_gpu=False), make, Path(sys.argv[1]), 600.0)

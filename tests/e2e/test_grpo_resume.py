@@ -70,9 +70,10 @@ def test_rollouts_drawn_ahead_outlive_an_interruption(tmp_path, sft_config):
     assert probed[1] is probed[3] is None and max(probed[0], probed[2]) < 1.0001
 
 
-def test_a_run_does_not_continue_on_time_what_was_drawn_ahead(tmp_path, capsys):
+def test_a_run_does_not_continue_on_time_what_was_drawn_ahead(tmp_path, sft_config, capsys):
     place = Place(tmp_path)
-    argv = place.grpo_argv(*EVERY_STEP, *AHEAD, "grpo.val_period=0")
+    start = f"policy.sft_config={sft_config}"
+    argv = place.grpo_argv(*EVERY_STEP, *AHEAD, start, "grpo.val_period=0")
     assert grpo([*argv, ONE_STEP_AT_A_TIME]) == EXIT_INTERRUPTED
     capsys.readouterr()
     assert grpo([*argv, "grpo.async_grpo.enabled=false"]) == CheckpointError.exit_code

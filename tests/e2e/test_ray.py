@@ -57,7 +57,10 @@ def started(place, *settings):
     return start(place.argv(*CPU, *settings))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("2 workers", marks=pytest.mark.slow), *list(LAYOUTS)[1:]],
+)
 def test_every_layout_gives_the_losses_of_one_process(place, in_one_process, layout):
     process = started(place, *SETTINGS, *LAYOUTS[layout])
     code, said = end_of(process, timeout_s=180)
