@@ -57,7 +57,7 @@ class Task:
         return (min if self.is_loss else max)(finite, key=lambda rate: finite[rate])
 
 
-SFT_RATES = dict.fromkeys(("adamw", "muon"), (3e-4, 1e-3, 3e-3, 1e-2))
+SFT_RATES = dict.fromkeys(("adam", "muon"), (3e-4, 1e-3, 3e-3, 1e-2))
 GSM8K_KEYS = tuple(
     f"data.{part}={{data_path: GSM8K/{file}.jsonl, input_key: question, output_key: answer}}"
     for part, file in (("train", "train"), ("validation", "test"))
@@ -69,7 +69,7 @@ TASKS = {
     ),
     "gsm8k": Task(
         "SFT, GSM8K", "examples/run_sft.py", "sft",
-        dict.fromkeys(("adamw", "muon"), (1e-3, 3e-3, 1e-2)), "validation/val_loss", True,
+        dict.fromkeys(("adam", "muon"), (1e-3, 3e-3, 1e-2)), "validation/val_loss", True,
         (
             *GSM8K_KEYS,
             "sft.max_num_steps=120", "sft.val_period=20", "sft.val_num_answers=0",
@@ -77,7 +77,7 @@ TASKS = {
     ),
     "grpo": Task(
         "GRPO, bundled arithmetic", "examples/run_grpo_math.py", "grpo",
-        dict.fromkeys(("adamw", "muon"), (1e-4, 3e-4, 1e-3)), "validation/accuracy", False,
+        dict.fromkeys(("adam", "muon"), (1e-4, 3e-4, 1e-3)), "validation/accuracy", False,
         ("policy.generation.backend=hf", "grpo.val_period=5"),
     ),
 }  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 
 from tools.studies import adamw_vs_muon as study
 
-FINALS = {("adamw", 1e-3): [2.0, 2.2, 2.4], ("adamw", 1e-2): [1.0, 1.2, 1.1],
+FINALS = {("adam", 1e-3): [2.0, 2.2, 2.4], ("adam", 1e-2): [1.0, 1.2, 1.1],
           ("muon", 1e-3): [1.0, 0.9, 0.8], ("muon", 1e-4): [float("nan")] * 3}  # fmt: skip
 
 
@@ -25,15 +25,15 @@ def kept(tmp_path, monkeypatch):
 
 
 def test_the_best_rate_is_the_one_with_the_best_mean_and_a_run_that_diverged_is_not_it(kept):
-    adamw, muon = study.read_runs("sft")
-    assert (adamw.best_rate, muon.best_rate) == (1e-2, 1e-3)
+    adam, muon = study.read_runs("sft")
+    assert (adam.best_rate, muon.best_rate) == (1e-2, 1e-3)
 
 
 def test_the_table_has_every_rate_with_the_mean_and_the_range_of_its_seeds(kept):
     rows = study.table("sft").splitlines()[2:]
     assert rows == [
-        "| adamw | 0.001 | 2.2 | 2 to 2.4 | 4.0 |",
-        "| adamw | 0.01 | **1.1** | 1 to 1.2 | 4.0 |",
+        "| adam | 0.001 | 2.2 | 2 to 2.4 | 4.0 |",
+        "| adam | 0.01 | **1.1** | 1 to 1.2 | 4.0 |",
         "| muon | 0.0001 | nan | nan to nan | 4.0 |",
         "| muon | 0.001 | **0.9** | 0.8 to 1 | 4.0 |",
     ]
@@ -41,8 +41,8 @@ def test_the_table_has_every_rate_with_the_mean_and_the_range_of_its_seeds(kept)
 
 def test_the_race_says_when_each_was_as_good_as_the_other_in_the_end(kept):
     assert study.race("sft") == (
-        "adamw reaches the final mean of muon never; "
-        "muon reaches the final mean of adamw at step 10, after 2.0 s."
+        "adam reaches the final mean of muon never; "
+        "muon reaches the final mean of adam at step 10, after 2.0 s."
     )
 
 
@@ -50,7 +50,7 @@ def test_results_stand_between_their_comments_and_pictures_are_drawn(kept):
     page = "a\n<!-- results sft -->\nold\n<!-- end -->\nb\n<!-- results grpo -->\n<!-- end -->\n"
     once = study.with_results(page, "sft")
     assert study.with_results(once, "sft") == once
-    assert "old" not in once and "| adamw | 0.01 | **1.1** |" in once and once.count("race") == 0
+    assert "old" not in once and "| adam | 0.01 | **1.1** |" in once and once.count("race") == 0
     study.draw("sft", kept / "sft.svg")
     assert "<svg" in (kept / "sft.svg").read_text()
 
