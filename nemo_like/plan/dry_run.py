@@ -28,6 +28,7 @@ from nemo_like.optim.plan import Plan
 from nemo_like.optim.routing import STATE_BYTES, Owner, Routing, embedding_names
 from nemo_like.optim.views import attention_shape
 from nemo_like.plan.devices import device_named
+from nemo_like.plan.engines import BYTES
 from nemo_like.plan.outline import Outline, outline
 from nemo_like.plan.tables import plan_data, plan_tables
 from nemo_like.run.build import parallel_sizes
@@ -95,8 +96,9 @@ class _Parameters:
 
     def checkpoint_bytes(self, tree: RunTree) -> int:
         """Bytes of one checkpoint: fp32 weights, optimizer state, and the copy for transformers."""
-        saving, exported = tree.checkpointing, 2 if tree.policy.precision == "bfloat16" else 4
-        each = 4 + (exported if saving.model_save_format is not None else 0)
+        saving = tree.checkpointing
+        exported = 0 if saving.model_save_format is None else BYTES[tree.policy.precision]
+        each = BYTES["float32"] + exported
         return each * self.num_parameters + (self.optimizer_bytes if saving.save_optimizer else 0)
 
 
