@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -181,9 +181,13 @@ def load_state(
 
 def stored_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor in `folder`, by name, whatever layout saved them."""
+    return _shapes_and_dtypes(read_metadata(folder))
+
+
+def _shapes_and_dtypes(metadata: Metadata) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {
         name: (saved.size, saved.properties.dtype)
-        for name, saved in sorted(read_metadata(folder).state_dict_metadata.items())
+        for name, saved in sorted(metadata.state_dict_metadata.items())
         if isinstance(saved, TensorStorageMetadata)
     }
 
@@ -194,7 +198,8 @@ def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torc
     Raises:
         CheckpointError: one can not be read.
     """
-    metadata, stored = read_metadata(folder), stored_tensors(folder)
+    metadata = read_metadata(folder)
+    stored = _shapes_and_dtypes(metadata)
     doing = f"cannot read {folder}"
     for name in names:
         shape, dtype = stored[name]
