@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_like.config.generation import RolloutPolicyConfig
 from nemo_like.plan.devices import Device
+from nemo_like.rollout.vllm_settings import kv_bytes_per_token
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -37,11 +38,7 @@ def engine_plan(
     asked = policy.generation.vllm_cfg
     itemsize = BYTES[asked.precision or policy.precision]
     tensor = asked.tensor_parallel_size
-    head_dim = getattr(hf_config, "head_dim", None) or (
-        hf_config.hidden_size // hf_config.num_attention_heads
-    )
-    heads = max(1, hf_config.num_key_value_heads // tensor)  # at least one on each part
-    per_token = 2 * hf_config.num_hidden_layers * heads * head_dim * itemsize
+    per_token = kv_bytes_per_token(hf_config, itemsize, num_parts=tensor)
     weights = num_parameters * itemsize / tensor
     cache = asked.gpu_memory_utilization * device.memory - weights
     return EnginePlan(

@@ -152,7 +152,7 @@ def _runs(
     with rank_of(world_size, rank) as mode, ExitStack() as undo:
         backend = start(policy, BackendSettings(seed=0, loads_weights=False))
         undo.enter_context(closing(backend))
-        undo.enter_context(_routes(policy))
+        undo.enter_context(routes(policy))
         # The plan knows what it costs; on a CPU it is many small operations.
         undo.enter_context(patch.object(muon, "polar", lambda X, **_: torch.empty_like(X)))
         mode.stage_shape = _stage_shape(policy, backend, work)
@@ -173,7 +173,8 @@ def start(policy: PolicyConfig, settings: BackendSettings) -> RankBackend:
     return MegatronBackend(policy, settings)
 
 
-def _routes(policy: PolicyConfig) -> AbstractContextManager[None]:
+def routes(policy: PolicyConfig) -> AbstractContextManager[None]:
+    """Inside, all experts get as many tokens as each other, where there can be experts."""
     if isinstance(policy.backend, DTensorConfig):
         return nullcontext()
     from nemo_like.backends.megatron.even_routes import even_routes

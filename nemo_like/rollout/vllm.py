@@ -28,6 +28,7 @@ from nemo_like.rollout.sampling import (
     room_for,
     stream_seed,
 )
+from nemo_like.rollout.vllm_extension import forget_packed_experts
 from nemo_like.rollout.vllm_settings import (
     PREFILL_TOKENS,
     OnCpu,
@@ -199,6 +200,7 @@ class VLLMEngine:
     def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         if self._num_parts == 1:
             worker = self._llm.llm_engine.model_executor.driver_worker.worker
+            forget_packed_experts(worker.model_runner.get_model())
             worker.reload_weights(weights_iterator=weights)
             return
         self._llm.collective_rpc("begin_reload")

@@ -13,10 +13,25 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NAME = f"{__name__}.TakesWeights"
 """What vLLM is told to find it by."""
+
+
+def forget_packed_experts(model: nn.Module) -> None:
+    """Makes a mixture's layers ready for new experts; comes before every update.
+
+    On a CPU vLLM 0.32 packs experts for their kernel when the kernel is made, and keeps the kernel
+    through a reload, with the old experts in it. Without one it makes another. On a GPU the kernel
+    reads the weights where they are, and CUDA graphs know its address.
+    """
+    if not import_module("vllm.platforms").current_platform.is_cpu():
+        return
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 class TakesWeights:
@@ -29,8 +44,10 @@ class TakesWeights:
 
     def begin_reload(self) -> None:
         """Begins an update, which must be ended: meanwhile layers have no memory."""
+        model = self.model_runner.get_model()
+        forget_packed_experts(model)
         with self._configured():
-            _reload().initialize_layerwise_reload(self.model_runner.get_model())
+            _reload().initialize_layerwise_reload(model)
 
     @torch.no_grad()
     def take_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:

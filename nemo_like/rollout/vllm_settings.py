@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nemo_like.errors import ConfigError
+from nemo_like.optim.views import attention_shape
 from nemo_like.rollout import vllm_extension
 
 _EVERYWHERE = {
@@ -35,7 +36,7 @@ GPU_ENVIRONMENT = _EVERYWHERE | {
 }
 """The same on GPUs."""
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 """Model types whose log-probabilities and updates were compared with those of transformers."""
 
 BLOCK_TOKENS = 128
@@ -170,21 +171,26 @@ def check_model(model_config: Mapping[str, Any], where: OnCpu | OnGpus) -> None:
 
 def write_config(config: Any, folder: Path) -> None:
     """Makes this a folder that vLLM takes for a model: a configuration and nothing else."""
-    architectures = config.architectures or [_architecture(config.model_type)]
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    architectures = config.architectures or [CLASSES[config.model_type]]
     text = json.dumps(config.to_dict() | {"architectures": architectures})
     (folder / "config.json").write_text(text)
 
 
-def _architecture(model_type: str) -> str:
-    return f"{model_type.capitalize()}ForCausalLM"
-
-
 def _kv_cache_bytes(config: Any, dtype: torch.dtype, longest: int, max_num_seqs: int) -> int:
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    per_sequence = per_token * dtype.itemsize * BLOCK_TOKENS * math.ceil(longest / BLOCK_TOKENS)
+    per_block = kv_bytes_per_token(config, dtype.itemsize) * BLOCK_TOKENS
+    per_sequence = per_block * math.ceil(longest / BLOCK_TOKENS)
     # vLLM keeps one block to itself.
-    wanted = per_sequence * max_num_seqs + per_token * dtype.itemsize * BLOCK_TOKENS
-    return min(wanted, max(KV_CACHE_BYTES, 2 * per_sequence))
+    return min(per_sequence * max_num_seqs + per_block, max(KV_CACHE_BYTES, 2 * per_sequence))
+
+
+def kv_bytes_per_token(hf_config: Any, itemsize: int, *, num_parts: int = 1) -> int:
+    """Bytes that a part of an engine caches of a token: keys and values of its heads, all layers.
+
+    Every part has at least one head.
+    """
+    heads = attention_shape(hf_config)
+    assert heads is not None, "a causal LM that engines take has attention"
+    own = max(1, heads.num_kv_heads // num_parts)
+    return 2 * int(hf_config.num_hidden_layers) * own * heads.head_dim * itemsize

@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from nemo_like.cluster.generator import RemoteGenerator
 from nemo_like.cluster.group import GroupConfig, WorkerGroup
@@ -18,6 +24,7 @@ from nemo_like.cluster.placement import place_single
 from nemo_like.cluster.runtime import RayCluster, import_ray
 from nemo_like.config.run import ClusterConfig
 from nemo_like.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from nemo_like.ops.experts import apart
 from nemo_like.rollout.hf import HFEngine
 from nemo_like.rollout.sampling import sampled_distribution
 from nemo_like.rollout.vllm import VLLMEngine
@@ -34,7 +41,11 @@ FAMILIES = {
     "qwen3": Qwen3Config(**SIZE, head_dim=32, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SIZE, tie_word_embeddings=True),
     "llama": LlamaConfig(**SIZE, tie_word_embeddings=False),
-}
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZE, head_dim=32, tie_word_embeddings=False, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=64,
+    ),
+}  # fmt: skip
 LONGEST = 256
 STOPS = tuple(range(0, 320, 16))
 GREEDY = SamplingParams(24, temperature=0, stop_token_ids=STOPS)
@@ -54,8 +65,8 @@ def newborn(family, seed=0):
 
 
 def weights_of(family, seed=0):
-    """As a policy exports them: without the tied head."""
-    weights = newborn(family, seed).state_dict()
+    """As a policy exports them: each expert apart, without the tied head."""
+    weights = dict(apart(newborn(family, seed).state_dict().items()))
     if FAMILIES[family].tie_word_embeddings:
         del weights["lm_head.weight"]
     return weights
@@ -410,7 +421,7 @@ def test_vllm_refuses_models_that_it_would_compute_wrongly(engines, changes, mes
         engines["vllm"].new(FAMILIES["qwen3"].to_dict() | changes)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
 def test_vllm_agrees_on_the_other_families_too(engines, family):
     engine = engines["vllm"]
     engine.new(family)
@@ -432,12 +443,13 @@ def test_a_bf16_vllm_takes_fp32_weights_and_is_as_near_as_the_bf16_reference(eng
 
 
 @pytest.mark.slow
-def test_vllm_in_two_processes_takes_its_weights_there_and_draws_the_same(engines):
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_vllm_in_two_processes_takes_its_weights_there_and_draws_the_same(engines, family):
     engine = engines["vllm"]
-    engine.new("qwen3", where=OnCpu(num_parts=2))
+    engine.new(family, where=OnCpu(num_parts=2))
     for seed in (0, 1):
-        engine.load_weights(weights_of("qwen3", seed).items(), version=seed + 1)
-        check_all_samplings(engine, "qwen3", seed, seed + 1)
+        engine.load_weights(weights_of(family, seed).items(), version=seed + 1)
+        check_all_samplings(engine, family, seed, seed + 1)
 
 
 def test_vllm_is_born_asleep_and_draws_the_same_whenever_weights_have_woken_it(engines):

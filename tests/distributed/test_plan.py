@@ -12,7 +12,13 @@ CONFIG = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False,
     "vocab_size": 272,
 }  # fmt: skip
+EXPERTS = CONFIG | {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4,
+    "moe_intermediate_size": 48, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+    "mlp_only_layers": [], "norm_topk_prob": True,
+}  # fmt: skip
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+CP, EP = "context_parallel_size", "expert_model_parallel_size"
 LAYOUTS = {
     "FSDP2 over 2": (2, {"dtensor_cfg": {}}),
     "TP 2, recomputed": (
@@ -23,6 +29,12 @@ LAYOUTS = {
     "Megatron, TP 2": (2, {"megatron_cfg": {TP: 2, "sequence_parallel": True}}),
     "Megatron, PP 2": (2, {"megatron_cfg": {PP: 2}}),
     "Megatron, shared optimizer": (2, {"megatron_cfg": {}}),
+    "Megatron, CP 2": (2, {"megatron_cfg": {CP: 2}}),
+    "Megatron, experts, EP 2": (2, {"megatron_cfg": {EP: 2}}),
+    "Megatron, experts, TP 2 x EP 2": (
+        2,
+        {"megatron_cfg": {TP: 2, EP: 2, "sequence_parallel": True}},
+    ),
 }
 
 
@@ -56,13 +68,14 @@ def found_on_this_rank(folder, block):
 
     from nemo_like.backends.settings import BackendSettings
     from nemo_like.losses.nll import NLL
-    from nemo_like.plan.rehearsal import observe, start
+    from nemo_like.plan.rehearsal import observe, routes, start
 
     policy = policy_of(folder, block)
     work = work_of(policy, dist.get_world_size())
     backend = start(policy, BackendSettings(seed=0))
     backend.begin(total_steps=10)
-    found = observe(policy, backend, work.share(work.num_micro_batches), NLL())
+    with routes(policy):
+        found = observe(policy, backend, work.share(work.num_micro_batches), NLL())
     backend.close()
     return {
         "peak": dict(found.peak),
@@ -87,7 +100,8 @@ def test_a_rank_holds_and_sends_what_the_forecast_says(pool, tmp_path, label):
     from nemo_like.plan.rehearsal import rehearse
 
     world, block = LAYOUTS[label]
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    config = EXPERTS if "experts" in label else CONFIG
+    (tmp_path / "config.json").write_text(json.dumps(config))
     policy = policy_of(str(tmp_path), block)
     work = work_of(policy, world)
     real = pool(world).run(found_on_this_rank, str(tmp_path), block, timeout_s=200)

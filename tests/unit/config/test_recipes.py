@@ -144,8 +144,7 @@ def test_the_tiny_form_is_the_same_algorithm_optimizer_and_backend_on_few_proces
     if isinstance(full, GRPOTree):
         assert tiny.grpo.is_dapo == full.grpo.is_dapo
         assert tiny.grpo.async_grpo.enabled == full.grpo.async_grpo.enabled
-        has_experts = tiny.policy.model_name == "tiny-qwen3-moe"  # which vLLM is refused for
-        assert tiny.policy.generation.backend == ("hf" if has_experts else "vllm")
+        assert tiny.policy.generation.backend == full.policy.generation.backend == "vllm"
 
 
 def test_lists_and_recipes_are_read_without_torch():
