@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_like.config import compat, compose
+from nemo_like.config import compat, compose, torch_optimizers
 from nemo_like.config.absent import ABSENT, IGNORED
 from nemo_like.config.draft import Draft, Origin, Problem, find, leaves, show, split
 from nemo_like.config.grpo import GRPOTree
@@ -79,13 +79,12 @@ def migrate(file: Path) -> Migration:
     unknown = _refuse_fields(draft, tree, schema)
     whole = Draft(draft.values, draft.defaults, draft.origins)
     conflicts = validate(whole, tree, schema.known)[1]
-    judge = _Judge(draft, schema.known, unknown, ignored)
     theirs = Draft(written, draft.defaults, origins)
-    fates = tuple(
-        judge.fate(".".join(path), value, theirs.origin(path)) for path, value in leaves(raw)
-    )
+    judge = _Judge(draft, theirs, schema.known, unknown, ignored)
+    fates = [judge.fate(".".join(path), value) for path, value in leaves(raw)]
+    fates += judge.unnamed(fates)
     values = _with_interpolations(sparse(draft.values, schema.defaults), raw, schema)
-    return Migration(tree, values, fates, tuple(conflicts), whole)
+    return Migration(tree, values, tuple(fates), tuple(conflicts), whole)
 
 
 def _tree_of(files: Files, file: Path) -> type[RunTree]:
@@ -135,19 +134,35 @@ class _Judge:
     """What there is to know about the keys of a recipe after its translation."""
 
     draft: Draft
+    theirs: Draft
     known: dict[str, Key]
     unknown: dict[str, str]
     ignored: dict[str, str]
 
-    def fate(self, path: str, value: Any, origin: Origin) -> Fate:
+    def fate(self, path: str, value: Any) -> Fate:
         """What became of a key."""
-        target = _renamed(path)
-        for key in (path, target):
+        origin = self.theirs.origin(path)
+        targets = self._targets(path)
+        for key in (path, *targets):
             for kind, reasons in self._tables():
                 if entry := _entry(key, reasons):
                     return Fate(path, kind, value, origin, reasons[entry], entry)
-        same = path == target and is_known(path, self.known)
+        same = path in targets and is_known(path, self.known)
         return Fate(path, "kept" if same else "said differently", value, origin)
+
+    def unnamed(self, fates: Iterable[Fate]) -> Iterator[Fate]:
+        """What was taken out and stands behind no key of the recipe, under our own name."""
+        named = {fate.entry for fate in fates}
+        for problem in self.draft.problems:
+            for key in problem.keys:
+                if key not in named:
+                    origin = problem.origin or self.draft.origin(key)
+                    yield Fate(key, "unknown", problem.found, origin, problem.message, key)
+
+    def _targets(self, path: str) -> tuple[str, ...]:
+        """What a key is called here."""
+        name = self.theirs.find("policy.optimizer.name")[1]
+        return torch_optimizers.targets(path, name) or (_renamed(path),)
 
     def _tables(self) -> Iterator[tuple[Kind, Mapping[str, str]]]:
         refused = {key: problem.message for problem in self.draft.problems for key in problem.keys}
@@ -235,6 +250,8 @@ def account(fates: Iterable[Fate]) -> list[str]:
 
 def _named(entry: str, fates: list[Fate]) -> str:
     if len(fates) == 1:
-        return f"{fates[0].path} = {show(fates[0].value)}"
+        (fate,) = fates
+        within = f"{entry} in " if entry.startswith(f"{fate.path}.") else ""
+        return f"{within}{fate.path} = {show(fate.value)}"
     inside = (f"{fate.path.removeprefix(entry).lstrip('.')}={show(fate.value)}" for fate in fates)
     return f"{entry} ({', '.join(inside)})"

@@ -9,24 +9,25 @@ from nemo_like.config.optimizer import OptimizerConfig
 
 BLOCK, SCHEDULE = "policy.optimizer", "policy.scheduler"
 
-ADAM = {"lr": "lr", "weight_decay": "weight_decay", "eps": "adam_eps"}
-SGD = {"lr": "lr", "weight_decay": "weight_decay", "momentum": "sgd_momentum"}
-MUON = {
-    "lr": "lr",
-    "weight_decay": "weight_decay",
-    "momentum": "muon_momentum",
-    "nesterov": "muon_use_nesterov",
-    "ns_steps": "muon_num_ns_steps",
-    "adjust_lr_fn": "muon_scale_mode",
+Arguments = dict[str, tuple[str, ...]]
+_SHARED: Arguments = {"lr": ("lr",), "weight_decay": ("weight_decay",)}
+ADAM = _SHARED | {"eps": ("adam_eps",), "betas": ("adam_beta1", "adam_beta2")}
+SGD = _SHARED | {"momentum": ("sgd_momentum",)}
+MUON = _SHARED | {
+    "momentum": ("muon_momentum",),
+    "nesterov": ("muon_use_nesterov",),
+    "ns_steps": ("muon_num_ns_steps",),
+    "adjust_lr_fn": ("muon_scale_mode",),
 }
-OPTIMIZERS: dict[str, tuple[str, dict[str, str]]] = {
-    "torch.optim.AdamW": ("adam", ADAM),
+DEFAULT_NAME = "torch.optim.AdamW"
+OPTIMIZERS: dict[str, tuple[str, Arguments]] = {
+    DEFAULT_NAME: ("adam", ADAM),
     "torch.optim.adamw.AdamW": ("adam", ADAM),
     "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam": ("adam", ADAM),
     "torch.optim.SGD": ("sgd", SGD),
     "torch.optim.Muon": ("muon", MUON),
 }
-"""Dotted class -> our name, and our names of its arguments (`betas` are two keys here)."""
+"""Dotted class -> our name, and our names of what its arguments hold."""
 
 KERNEL_CHOICES = ("foreach", "fused", "capturable", "differentiable", "master_weights")
 """Arguments that choose among kernels of equal results; master weights are always kept."""
@@ -44,7 +45,7 @@ def translate_optimizer(draft: Draft) -> None:
     elif has_kwargs and not isinstance(kwargs, dict):
         draft.refuse(f"{BLOCK}.kwargs", "must be a mapping of arguments")
     else:
-        ours, names = OPTIMIZERS[name if has_name else "torch.optim.AdamW"]
+        ours, names = OPTIMIZERS[name if has_name else DEFAULT_NAME]
         if has_name:
             draft.put(f"{BLOCK}.optimizer", ours, draft.origin(f"{BLOCK}.name"))
         for key in list(kwargs or {}):
@@ -54,18 +55,27 @@ def translate_optimizer(draft: Draft) -> None:
             draft.take(f"{BLOCK}.{part}")
 
 
-def _translate_argument(draft: Draft, key: str, names: dict[str, str]) -> None:
+def _translate_argument(draft: Draft, key: str, names: Arguments) -> None:
     path = (*split(f"{BLOCK}.kwargs"), key)
     value, origin = draft.find(path)[1], draft.origin(path)
     if key in KERNEL_CHOICES:
         return
-    if key == "betas" and isinstance(value, list) and len(value) == 2 and names is ADAM:
-        draft.put(f"{BLOCK}.adam_beta1", value[0], origin)
-        draft.put(f"{BLOCK}.adam_beta2", value[1], origin)
-    elif key in names:
-        draft.put(f"{BLOCK}.{names[key]}", value, origin)
+    ours = names.get(key, ())
+    values = [value] if len(ours) == 1 else value
+    if not ours:
+        draft.refuse(path, f"the arguments that have an equal here are {', '.join(names)}")
+    elif not isinstance(values, list) or len(values) != len(ours):
+        draft.refuse(path, f"must be a list of {len(ours)}: {' and '.join(ours)}")
     else:
-        draft.refuse(path, f"the arguments that have an equal here are {', '.join(names)}, betas")
+        for name, one in zip(ours, values, strict=True):
+            draft.put(f"{BLOCK}.{name}", one, origin)
+
+
+def targets(path: str, optimizer: Any) -> tuple[str, ...]:
+    """The keys that an argument of an optimizer becomes, by their paths; nothing for others."""
+    block, _, key = path.rpartition(".")
+    _, names = OPTIMIZERS.get(optimizer, OPTIMIZERS[DEFAULT_NAME])
+    return tuple(f"{BLOCK}.{name}" for name in names.get(key, ()) if block == f"{BLOCK}.kwargs")
 
 
 def translate_scheduler(draft: Draft) -> None:

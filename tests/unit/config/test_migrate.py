@@ -149,6 +149,24 @@ def test_the_arguments_of_an_optimizer_that_is_not_here_go_with_it(theirs):
     assert "my.Optimizer" in lost(done)
 
 
+@pytest.mark.parametrize(
+    "argument", ["lr: fast", "lr: [1]", "weight_decay: x", "betas: [0.9, 2.0]", "betas: 0.9"]
+)
+def test_a_wrong_argument_of_an_optimizer_is_lost_under_its_own_name(theirs, argument):
+    done = theirs(f"policy: {{optimizer: {{kwargs: {{{argument}}}}}, scheduler: null}}")
+    name, _, value = argument.partition(": ")
+    path = f"policy.optimizer.kwargs.{name}"
+    assert fate(done, path) in ("unknown", "absent")
+    assert f"{path} = {value}: " in lost(done)
+
+
+def test_what_is_taken_out_of_a_list_is_named_beside_the_rest_of_it(theirs):
+    sources = "[{data_path: a.jsonl, spilt: x}, {data_path: b.jsonl, num_rows: y}]"
+    done = theirs(f"data: {{_override_: true, train: {sources}}}")
+    assert "data.train.0.spilt in data.train = [" in lost(done)
+    assert "data.train.1.num_rows = y: expected" in lost(done)
+
+
 def test_interpolations_stay_where_they_mean_the_same_here(theirs):
     values = theirs().values
     kept = "${policy.max_total_sequence_length}"
