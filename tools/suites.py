@@ -132,6 +132,8 @@ def tiny_overrides(recipe: str) -> list[str]:
         size = 2 if ranks * 2 <= TINY_RANKS else 1
         ranks *= size
         found.append(f"{block}.{name}={size}")
+        if name in LAYOUT[0] and backend.sequence_parallel:
+            found.append(f"{block}.sequence_parallel=true")
     has_experts = _has_experts(tree.policy.model_name)
     if has_experts and getattr(backend, "expert_model_parallel_size", 1) > 1:
         found.append(f"{block}.expert_model_parallel_size=2")
