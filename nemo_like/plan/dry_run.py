@@ -112,12 +112,12 @@ def _parameters(policy: PolicyConfig, placement: Placement) -> _Parameters:
             number = sum(row.numel for row in routing.rows)
             memory = _memory_of_dtensor(routing.rows, config, placement)
         case MegatronConfig():
-            from nemo_like.backends.megatron.forecast import Forecast, memory_facts
+            from nemo_like.backends.megatron.forecast import Forecast
 
             forecast = Forecast(policy, hf_config_of(policy), placement.world_size)
             routing, plans, owners = forecast.routing, forecast.plans, forecast.owners
             number = sum(math.prod(shape) for shape in forecast.table.hf_shapes.values())
-            memory = memory_facts(forecast.memory())
+            memory = forecast.memory()
     state = sum(STATE_BYTES[row["optimizer"]] * math.prod(row["shape"]) for row in owners)
     return _Parameters(
         number,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -24,16 +23,6 @@ from nemo_like.optim.layout import Layout
 from nemo_like.optim.plan import Plan
 from nemo_like.optim.routing import STATE_BYTES, Routing
 from nemo_like.optim.views import View
-
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """Bytes of the fullest rank, activations not counted."""
-
-    weights: float
-    gradients: float
-    masters: float
-    optimizer_state: float
 
 
 class Forecast:
@@ -102,8 +91,8 @@ class Forecast:
             for row in self.routing.rows
         ]
 
-    def memory(self) -> Memory:
-        """What the fullest rank holds of weights and of what goes with them."""
+    def memory(self) -> dict[str, float]:
+        """Bytes of the fullest rank by what they are for, activations not counted."""
         own = {row.name: STATE_BYTES[row.optimizer] for row in self.routing.rows}
         dtype = DTYPES[self._policy.precision]
         ddp = self._config.distributed_data_parallel_config
@@ -121,7 +110,9 @@ class Forecast:
                 holders = list(block.holders)
                 held[2, holders] += block.numel * 4 * is_apart
                 held[3, holders] += block.numel * own.get(name, 0)
-        return Memory(*held[:, int(held.sum(0).argmax())].tolist())
+        fullest = held[:, int(held.sum(0).argmax())].tolist()
+        kinds = ("weights", "gradients", "fp32 masters", "optimizer state (fp32)")
+        return dict(zip(kinds, fullest, strict=True)) | {"together": sum(fullest)}
 
     def _names(self) -> Iterator[str]:
         """All parameters once: a tied head is the embedding."""
@@ -178,14 +169,3 @@ def _together(names: Sequence[str]) -> str:
     end = os.path.commonprefix([name[len(start) :][::-1] for name in names])[::-1]
     middles = (name[len(start) : len(name) - len(end)] for name in names)
     return f"{start}{{{','.join(middles)}}}{end}"
-
-
-def memory_facts(memory: Memory) -> Mapping[str, float]:
-    """Bytes by what they are for."""
-    facts = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "fp32 masters": memory.masters,
-        "optimizer state (fp32)": memory.optimizer_state,
-    }
-    return facts | {"together": sum(facts.values())}

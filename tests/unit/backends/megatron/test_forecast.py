@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from nemo_like.assets import bundled
-from nemo_like.backends.megatron.forecast import Forecast, memory_facts
+from nemo_like.backends.megatron.forecast import Forecast
 from nemo_like.backends.megatron.places import layers_of_stages
 from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import ConfigError
@@ -84,17 +84,16 @@ def test_a_frozen_router_has_no_owner():
 def test_memory_is_that_of_the_fullest_rank():
     config = transformers.LlamaConfig(**SHAPE, tie_word_embeddings=False)
     count = 2 * 61 * 32 + 32 + 4 * (2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    state = "optimizer state (fp32)"
     alone = forecast(config, 1).memory()
-    assert (alone.weights, alone.gradients) == (4 * count, 4 * count)
-    assert (alone.masters, alone.optimizer_state) == (0, 8 * count)  # masters are the weights
+    assert (alone["weights"], alone["gradients"]) == (4 * count, 4 * count)
+    assert (alone["fp32 masters"], alone[state]) == (0, 8 * count)  # masters are the weights
     whole = forecast(config, 2, optimizer={"use_distributed_optimizer": False}).memory()
-    assert whole.masters == 0
-    assert whole.optimizer_state == 8 * count
+    assert (whole["fp32 masters"], whole[state]) == (0, 8 * count)
     mixed = forecast(config, 2, "bfloat16").memory()
-    assert (mixed.weights, mixed.gradients) == (2 * count, 4 * count)
-    assert mixed.masters == pytest.approx(2 * count, rel=0.01)  # rows are whole
-    facts = memory_facts(mixed)
-    assert facts["together"] == sum(facts.values()) / 2
+    assert (mixed["weights"], mixed["gradients"]) == (2 * count, 4 * count)
+    assert mixed["fp32 masters"] == pytest.approx(2 * count, rel=0.01)  # rows are whole
+    assert mixed["together"] == sum(mixed.values()) / 2
 
 
 def test_tied_ends_of_a_pipeline_hold_the_embedding_both():
