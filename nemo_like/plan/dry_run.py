@@ -108,7 +108,7 @@ def _parameters(policy: PolicyConfig, placement: Placement) -> _Parameters:
         case DTensorConfig() as config:
             routing = planned_routing(policy)
             plans = planned_exchange(policy, routing, placement)
-            owners = [vars_of(row) for row in routing.rows]
+            owners = routing.to_json()
             number = sum(row.numel for row in routing.rows)
             memory = _memory_of_dtensor(routing.rows, config, placement)
         case MegatronConfig():
@@ -131,26 +131,20 @@ def _parameters(policy: PolicyConfig, placement: Placement) -> _Parameters:
     )
 
 
-def vars_of(row: Owner) -> dict[str, Any]:
-    """A row as a policy would report it."""
-    return {"name": row.name, "shape": row.shape, "optimizer": row.optimizer, "reason": row.reason}
-
-
 def planned_routing(policy: PolicyConfig) -> Routing:
     """The routing that training would use, of a model without memory; needs no weights."""
     from nemo_like.backends.dtensor.model import named_parameters
     from nemo_like.backends.hf_models import new_hf_model
-    from nemo_like.optim.build import build_optimizer
+    from nemo_like.optim.build import plan_routing
 
     hf_config = hf_config_of(policy)
     model = new_hf_model(hf_config, device="meta")
-    _, routing = build_optimizer(
+    return plan_routing(
         named_parameters(model),
         policy.active_optimizer,
         embeddings=embedding_names(model),
         attention=attention_shape(hf_config),
     )
-    return routing
 
 
 def planned_exchange(policy: PolicyConfig, routing: Routing, placement: Placement) -> list[Plan]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from nemo_like.cluster.placement import Placement
 from nemo_like.config.generation import RolloutPolicyConfig
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.config.tree import RunTree
+from nemo_like.optim.build import muon_rule
 from nemo_like.optim.plan import Plan
 from nemo_like.plan.devices import Device
 from nemo_like.plan.engines import EnginePlan, engine_plan
@@ -229,31 +231,22 @@ def _flipped(policy: PolicyConfig) -> PolicyConfig:
 
 def _muon(policy: PolicyConfig, plans: list[Plan]) -> dict[str, float]:
     """What Muon's busiest rank sends, buffers and computes."""
-    from nemo_like.optim.build import muon_rule
-
     loads: dict[int, float] = {}
     sent: dict[int, float] = {}
     buffers = [0.0]
     if plans:
-        itemsize = muon_rule(policy.active_optimizer).wire(_fp32()).itemsize
+        itemsize = muon_rule(policy.active_optimizer).wire(torch.float32).itemsize
     for plan in plans:
-        elements = [math.fsum([own]) for own in plan.sent]
         # A bucket is on its way here while another one is computed, and a third on its way back.
-        buffers.append(2 * sum(sorted(elements, reverse=True)[:2]) * itemsize)
+        buffers.append(2 * sum(sorted(plan.sent, reverse=True)[:2]) * itemsize)
         for rank in plan.ranks:
             loads[rank] = loads.get(rank, 0) + plan.loads[rank]
-            sent[rank] = sent.get(rank, 0) + sum(elements) * itemsize
+            sent[rank] = sent.get(rank, 0) + sum(plan.sent) * itemsize
     return {
         "exchange_bytes": max(sent.values(), default=0.0),
         "exchange_buffer": max(buffers),
         "newton_schulz_flops": max(loads.values(), default=0.0),
     }
-
-
-def _fp32() -> Any:
-    import torch
-
-    return torch.float32
 
 
 def _engine(policy: PolicyConfig, num_parameters: int, device: Device) -> EnginePlan | None:
