@@ -306,39 +306,41 @@ def test_the_loss_that_evens_out_the_experts_is_the_same_in_every_layout(pool, e
 
 
 def grids_on_this_rank(keys):
-    """The ranks that a tensor cut over each dimension of a stage's grids comes from."""
+    """The ranks that megatron-core put into this rank's group for each dimension of the grids."""
     import torch.distributed as dist
-    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     from nemo_like.backends.megatron.parallel import initialize
     from nemo_like.config.megatron import MegatronConfig
 
     parallel = initialize(MegatronConfig(**keys), torch.device("cpu"))
     try:
-        rank = torch.tensor([dist.get_rank()])
         found = {"stage": (parallel.rank("pp"), parallel.is_first_stage, parallel.is_last_stage)}
-        for mesh in (parallel.stage_mesh, parallel.expert_stage_mesh):
-            for dim in mesh.mesh_dim_names:
-                cut = [Shard(0) if d == dim else Replicate() for d in mesh.mesh_dim_names]
-                whole = DTensor.from_local(rank, mesh, cut, run_check=False).full_tensor().tolist()
-                assert whole[parallel.rank(dim)] == dist.get_rank()
-                assert whole == dist.get_process_group_ranks(parallel.group(dim))
-                found[dim] = whole
+        grids = {
+            ("pp", "dp", "cp", "tp"): parallel.grid.ranks,
+            ("pp", "edp", "ep", "etp"): parallel.grid.expert_ranks,
+        }
+        for dims, grid in grids.items():
+            here = tuple(parallel.rank(dim) for dim in dims)
+            assert grid[here] == dist.get_rank()
+            for i, dim in enumerate(dims):
+                found[dim] = grid.movedim(i, 0)[:, *here[:i], *here[i + 1 :]].tolist()
+                assert found[dim] == dist.get_process_group_ranks(parallel.group(dim))
+                assert parallel.size(dim) == len(found[dim])
         return found
     finally:
         parallel.destroy()
         parallel.destroy()
 
 
-def test_a_tensor_can_be_laid_over_the_grids_of_a_stage(pool):
+def test_megatron_cores_groups_are_lines_of_the_grids(pool):
     def rows(answers, dim):
         return [answer[dim] for answer in answers]
 
-    answers = pool(4).run(grids_on_this_rank, SP | PP2 | EP2)
+    answers = pool(4).run(grids_on_this_rank, SP | PP2 | EP2, timeout_s=180)
     assert rows(answers, "stage") == [(0, True, False)] * 2 + [(1, False, True)] * 2
     assert rows(answers, "tp") == rows(answers, "ep") == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert rows(answers, "dp") == rows(answers, "edp") == [[0], [1], [2], [3]]
-    answers = pool(4).run(grids_on_this_rank, CP2 | ETP2)
+    answers = pool(4).run(grids_on_this_rank, CP2 | ETP2, timeout_s=180)
     assert rows(answers, "cp") == rows(answers, "etp") == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert rows(answers, "dp") == rows(answers, "edp") == [[0, 2], [1, 3], [0, 2], [1, 3]]
 
