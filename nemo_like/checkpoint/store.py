@@ -140,9 +140,7 @@ class StateWriter:
         return _Flat(tensors, part.values)
 
 
-def load_state(
-    folder: Path, template: State, *, group: dist.ProcessGroup | None = None
-) -> dict[str, Any]:
+def load_state(folder: Path, template: State) -> dict[str, Any]:
     """The state in `folder`, in the template's shape and tensors, which are filled in place.
 
     Collective. The layout may differ from the one that saved: each rank reads what it needs.
@@ -162,7 +160,7 @@ def load_state(
     ]
     # One rank's problem is everyone's, since reading is collective; and with pipeline stages only
     # all ranks together know every name.
-    gathered = _gather(([p for p in problems if p], {*wanted.tensors, *wanted.values}), group)
+    gathered = _gather(([p for p in problems if p], {*wanted.tensors, *wanted.values}), None)
     every_name = set().union(*(names for _, names in gathered))
     found = {problem for part, _ in gathered for problem in part}
     found |= {f"{n}: not in this run" for n in (saved.keys() | saved_values.keys()) - every_name}
@@ -174,7 +172,6 @@ def load_state(
             wanted.tensors,
             storage_reader=Reader(folder, metadata),
             planner=LoadPlanner(),
-            process_group=group,
         )
     return _put_together(template, _Flat(wanted.tensors, saved_values))
 

@@ -171,9 +171,10 @@ def shards_in_and_out(folder):
     from safetensors.torch import load_file
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     from nemo_like.backends.megatron.convert import WeightTable
-    from nemo_like.backends.megatron.weights import WholeWeights, load_weights, local_blocks
+    from nemo_like.backends.megatron.weights import LocalBlock, WholeWeights, load_weights
 
     file = load_file(folder / "model.safetensors")
     file["model.norm.weight"].neg_()[:3] = -0.0
@@ -183,7 +184,10 @@ def shards_in_and_out(folder):
         name: distribute_tensor(torch.full(entry.shape, float("nan")), mesh, [Shard(0)])
         for name, entry in table.entries.items()
     }
-    blocks = local_blocks(table, masters, tp_rank=0, expert_tp_rank=0)
+    blocks = {}
+    for name, master in masters.items():
+        _, offset = compute_local_shape_and_global_offset(master.shape, mesh, master.placements)
+        blocks[name] = LocalBlock(master.to_local(), offset)
     load_weights(table, blocks, file.items())
     whole = dict(WholeWeights(table, blocks))
     assert (

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nemo_like.backends.hf_models import Sliceable, fitting
 from nemo_like.backends.megatron.convert import Piece, WeightTable
@@ -36,32 +34,13 @@ class LocalBlock:
 def local_blocks(
     table: WeightTable, tensors: Mapping[str, Tensor], *, tp_rank: int, expert_tp_rank: int
 ) -> dict[str, LocalBlock]:
-    """The blocks that these tensors are, by the global names of the parameters that they are of.
-
-    A DTensor says itself which block of the whole parameter it is; any other tensor is this
-    tensor-parallel rank's part. State of an optimizer is laid out like its parameter.
-
-    Raises:
-        ValueError: a tensor has a name or a shape that the table does not have.
-    """
+    """The blocks that this tensor-parallel rank's parameters are, by their global names."""
     blocks: dict[str, LocalBlock] = {}
     for name, tensor in tensors.items():
-        if name not in table.entries:
-            raise ValueError(f"{name} is no parameter that a Hugging Face tensor is known for")
-        entry = table.entries[name]
-        if isinstance(tensor, DTensor):
-            found, expected = tuple(tensor.shape), entry.shape
-            _, offset = compute_local_shape_and_global_offset(
-                tensor.shape, tensor.device_mesh, tensor.placements
-            )
-            blocks[name] = LocalBlock(tensor.to_local().detach(), tuple(offset))
-        else:
-            rank = expert_tp_rank if entry.is_expert else tp_rank
-            own, expected = table.local_box(name, rank)
-            found = tuple(tensor.shape)
-            blocks[name] = LocalBlock(tensor.detach(), own)
-        if found != expected:
-            raise ValueError(f"{name} has shape {found}, the table expects {expected}")
+        rank = expert_tp_rank if table.entries[name].is_expert else tp_rank
+        offset, shape = table.local_box(name, rank)
+        assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} is not {shape}"
+        blocks[name] = LocalBlock(tensor.detach(), offset)
     return blocks
 
 
@@ -105,31 +84,24 @@ def canonical(table: WeightTable, blocks: Mapping[str, LocalBlock]) -> dict[str,
 class WholeWeights:
     """Whole Hugging Face tensors from the blocks of all ranks; iterating is a collective.
 
-    `group` are ranks that together hold every block; all of them make one and iterate alike.
-    None is all ranks, and without a process group this one alone.
+    All ranks make one and iterate alike; without a process group that is this one alone.
     """
 
-    def __init__(
-        self,
-        table: WeightTable,
-        blocks: Mapping[str, LocalBlock],
-        *,
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
+    def __init__(self, table: WeightTable, blocks: Mapping[str, LocalBlock]) -> None:
         """See the class; a collective too.
 
         Raises:
             ValueError: the blocks do not cover every tensor exactly.
         """
-        self._table, self._group = table, group
-        self._rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self._table = table
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._boxes: dict[Box, Tensor] = {}
         devices = [block.tensor.device for block in blocks.values()]
         self._device = devices[0] if devices else torch.device("cpu")
         for name, block in blocks.items():
             for piece in _pieces(table, name, block):
                 self._boxes[_box(piece)] = _rows(block, piece)
-        self._owners = _owners(table, blocks, group)
+        self._owners = _owners(table, blocks)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -144,25 +116,23 @@ class WholeWeights:
             yield hf_name, whole
 
     def _put_together(self, whole: Tensor, owners: set[int]) -> None:
-        if not dist.is_initialized() or dist.get_world_size(self._group) == 1:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         if len(owners) == 1:
-            dist.broadcast(whole, group=self._group, group_src=owners.pop())
+            dist.broadcast(whole, src=owners.pop())
         else:
             # Each number is on one rank, and zeros are on the others: as integers their sum has
             # its bits, which a sum of floats would not have of -0.0.
-            dist.all_reduce(whole.view(torch.int32), group=self._group)
+            dist.all_reduce(whole.view(torch.int32))
 
 
-def _owners(
-    table: WeightTable, blocks: Mapping[str, LocalBlock], group: dist.ProcessGroup | None
-) -> dict[str, dict[Box, int]]:
+def _owners(table: WeightTable, blocks: Mapping[str, LocalBlock]) -> dict[str, dict[Box, int]]:
     """By Hugging Face name: all boxes of it, and of each the first rank that holds it."""
     held = {name: (block.offset, tuple(block.tensor.shape)) for name, block in blocks.items()}
     gathered = [held]
     if dist.is_initialized():
-        gathered = [{}] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, held, group=group)
+        gathered = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, held)
     owners: dict[str, dict[Box, int]] = {hf_name: {} for hf_name in table.hf_shapes}
     for rank, of_rank in enumerate(gathered):
         for name, (offset, shape) in of_rank.items():

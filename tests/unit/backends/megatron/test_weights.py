@@ -94,18 +94,6 @@ def test_state_of_an_optimizer_moves_from_packed_to_plain_and_back(config, tmp_p
     assert all(again[name].equal(momenta[name]) for name in momenta)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"decoder.extra.weight": torch.zeros(1)}, "decoder.extra.weight is no parameter"),
-        ({QKV: torch.zeros(16, 8)}, r"linear_qkv.weight has shape \(16, 8\).*expects \(8, 8\)"),
-    ],
-)
-def test_parameters_that_the_table_does_not_have_are_refused(config, tensors, message):
-    with pytest.raises(ValueError, match=message):
-        blocks_of(WeightTable(config, tp_size=2), tensors)
-
-
 def test_blocks_that_leave_a_part_out_are_refused_before_the_first_tensor(config):
     table = WeightTable(config, tp_size=2)
     with pytest.raises(ValueError, match=r"hold 56 of model.embed_tokens.weight's 104 elements"):
