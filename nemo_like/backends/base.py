@@ -22,9 +22,8 @@ from nemo_like.config.policy import PolicyConfig
 from nemo_like.errors import MismatchError, NonFiniteError, NoSignalError
 from nemo_like.interfaces import Loss
 from nemo_like.observability.metrics import reduce
-from nemo_like.optim.clip import clip_gradients
 from nemo_like.optim.combined import CombinedOptimizer
-from nemo_like.optim.norm import local
+from nemo_like.optim.norm import clip_gradients, local
 from nemo_like.optim.outlook import outlook
 from nemo_like.optim.routing import Routing
 from nemo_like.optim.schedule import Schedule

@@ -15,8 +15,7 @@ from nemo_like.optim.combined import CombinedOptimizer
 from nemo_like.optim.layout import Layout, layout_of
 from nemo_like.optim.newton_schulz import coefficients
 from nemo_like.optim.routing import Algorithm, Routing, route
-from nemo_like.optim.rule import MuonRule
-from nemo_like.optim.scale import default_extra_factor
+from nemo_like.optim.rule import MuonRule, default_extra_factor
 from nemo_like.optim.views import AttentionShape, view_of
 
 ALGORITHMS: dict[str, Algorithm] = {

@@ -6,13 +6,19 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from nemo_like.errors import CheckpointError
 from nemo_like.interfaces import Journal, Policy
-from nemo_like.rollout.agreement import probe
-from nemo_like.rollout.source import Drawing
+from nemo_like.rollout.collect import rollout_batch
+from nemo_like.rollout.source import Drawing, dice
 from nemo_like.types import Drawn, DrawnAhead, Group, Metric, Metrics, Prompt
+
+PROBE_PROMPTS = 8
+PROBE_TOKENS = 16
+"""A probe is short, since nothing trains meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ class RolloutsAhead:
             self._chosen.pop(n) if n in self._chosen else tuple(self._drawing.ask()) for n in steps
         ]
         with journal.phase("probe"):
-            agreement = probe(self._policy, self._drawing, chosen[0], steps[0])
+            agreement = _probe(self._policy, self._drawing, chosen[0], steps[0])
         for number, prompts in zip(steps, chosen, strict=True):
             drawing = self._lane.submit(self._draw, prompts, number)
             self._ahead.append(_Job(number, step - 1, prompts, drawing))
@@ -142,3 +148,20 @@ class RolloutsAhead:
         began = time.perf_counter()
         groups = self._drawing.draw(prompts, step)
         return _Timed(groups, time.perf_counter() - began)
+
+
+def _probe(policy: Policy, drawing: Drawing, prompts: Sequence[Prompt], step: int) -> Metrics:
+    """`probe_mult_prob_error`: mean over a few fresh tokens of exp |log p(engine) - log p(policy)|.
+
+    To be asked when the engines have just taken the policy's weights. On rollouts of older weights
+    the same number would be larger because the policy has learned.
+    """
+    sampling = dice(drawing.sampling, step)
+    sampling = replace(sampling, max_new_tokens=min(PROBE_TOKENS, sampling.max_new_tokens))
+    rollouts = drawing.generator.generate(prompts[:PROBE_PROMPTS], sampling)
+    groups = [Group(rollout.prompt, (rollout,), (0.0,)) for rollout in rollouts]
+    batch = rollout_batch(groups, torch.zeros(len(groups), 1))
+    assert batch.sampled_logprobs_N is not None
+    gap_N = (policy.logprobs(batch) - batch.sampled_logprobs_N).double()
+    error_N = gap_N[batch.loss_mask_N].abs().exp()
+    return {"probe_mult_prob_error": Metric(float(error_N.mean()), "mean", len(error_N))}

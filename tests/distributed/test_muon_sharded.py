@@ -20,8 +20,8 @@ from torch.distributed.tensor.parallel import (
 
 from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.optim.build import build_optimizer
-from nemo_like.optim.clip import clip_gradients
 from nemo_like.optim.layout import layout_of
+from nemo_like.optim.norm import clip_gradients
 
 LAYOUTS = ("fsdp4", "fsdp2", "hsdp2x2", "tp2", "tp4", "fsdp2_tp2")
 STEPS = 5

@@ -13,7 +13,7 @@ from nemo_like.config.optimizer import NEWTON_SCHULZ_STEPS, OptimizerConfig
 from nemo_like.optim.layout import layout_on
 from nemo_like.optim.newton_schulz import coefficients
 from nemo_like.optim.plan import make_plan
-from nemo_like.optim.scale import scale_factor
+from nemo_like.optim.rule import scale_factor
 
 PAGE = (Path(__file__).parents[2] / "docs/muon.md").read_text()
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nemo_like.optim.clip import clip_gradients
+from nemo_like.optim.norm import clip_gradients
 
 
 def group(params: list[torch.Tensor], **settings) -> dict:
