@@ -81,7 +81,7 @@ def refuse_unsupported(policy: PolicyConfig, hf_config: Any) -> None:
         ConfigError: something is not here, or does not fit the layout.
     """
     config = policy.megatron_cfg
-    # The table refuses models that it does not know, and matrices that can not be cut.
+    # The table refuses biases that it does not know, and matrices that can not be cut.
     WeightTable(
         hf_config,
         tp_size=config.tensor_model_parallel_size,

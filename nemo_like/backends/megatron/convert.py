@@ -16,7 +16,6 @@ from nemo_like.errors import ConfigError
 from nemo_like.optim.layout import Shape
 from nemo_like.optim.views import AttentionShape, attention_shape
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _TP_SIZE = "policy.megatron_cfg.tensor_model_parallel_size"
@@ -65,7 +64,7 @@ class WeightTable:
     """
 
     def __init__(self, hf_config: Any, *, tp_size: int = 1, expert_tp_size: int = 1) -> None:
-        _refuse_unknown(hf_config)
+        _refuse_biases(hf_config)
         self.tied = bool(hf_config.tie_word_embeddings)
         self.hf_shapes = hf_shapes(hf_config)
         self._tp_sizes = {False: tp_size, True: expert_tp_size}
@@ -251,12 +250,7 @@ def _attention(hf_config: Any) -> AttentionShape:
     return heads
 
 
-def _refuse_unknown(hf_config: Any) -> None:
-    if hf_config.model_type not in FAMILIES:
-        raise ConfigError(
-            f"policy.model_name: model type {hf_config.model_type!r} is not supported by the "
-            f"Megatron backend; supported: {', '.join(FAMILIES)}"
-        )
+def _refuse_biases(hf_config: Any) -> None:
     # megatron-core has one switch for these and for the biases of all other matrices.
     fields = hf_config.to_dict()
     for field in ("attention_bias", "mlp_bias"):

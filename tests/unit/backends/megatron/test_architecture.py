@@ -67,7 +67,6 @@ def test_what_experts_can_not_have_is_refused_by_name(keys, message):
         (transformers.Qwen2Config(**SHAPE, attention_dropout=0.1), "attention_dropout.*0.1"),
         (transformers.Qwen2Config(**SHAPE, use_sliding_window=True), "use_sliding_window"),
         (transformers.LlamaConfig(**SHAPE, attention_bias=True), "attention_bias"),
-        (transformers.GPT2Config(), "gpt2"),
     ],
 )
 def test_a_model_with_parts_that_are_not_here_is_refused(config, message):
