@@ -136,11 +136,9 @@ class AttentionShape:
     """The same of experts; null is `gate_up_groups`."""
 
 
-def attention_shape(hf_config: Any) -> AttentionShape | None:
-    """The shape that a Hugging Face configuration describes; None for a model without attention."""
-    heads = getattr(hf_config, "num_attention_heads", None)
-    if heads is None:
-        return None
+def attention_shape(hf_config: Any) -> AttentionShape:
+    """The shape that a Hugging Face configuration describes."""
+    heads = hf_config.num_attention_heads
     return AttentionShape(
         heads,
         getattr(hf_config, "num_key_value_heads", None) or heads,

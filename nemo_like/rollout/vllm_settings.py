@@ -191,6 +191,5 @@ def kv_bytes_per_token(hf_config: Any, itemsize: int, *, num_parts: int = 1) -> 
     Every part has at least one head.
     """
     heads = attention_shape(hf_config)
-    assert heads is not None, "a causal LM that engines take has attention"
     own = max(1, heads.num_kv_heads // num_parts)
     return 2 * int(hf_config.num_hidden_layers) * own * heads.head_dim * itemsize

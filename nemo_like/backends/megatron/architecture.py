@@ -47,7 +47,7 @@ def inverse_frequencies(hf_config: Any) -> Tensor:
             "backend; supported: rope_type default, linear and llama3, of whole heads"
         )
     if kind == "default":
-        width = _head_dim(hf_config)
+        width = attention_shape(hf_config).head_dim
         exponents = torch.arange(0, width, 2, dtype=torch.float) / width
         return 1.0 / parameters["rope_theta"] ** exponents
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -179,16 +179,10 @@ def _moe_refusals(policy: PolicyConfig, hf_config: Any) -> Iterator[tuple[str, s
         )
 
 
-def _head_dim(hf_config: Any) -> int:
-    heads = attention_shape(hf_config)
-    assert heads is not None, "every family has attention"
-    return heads.head_dim
-
-
 def _model_fields(hf_config: Any) -> dict[str, Any]:
     fields = {ours: getattr(hf_config, theirs) for ours, theirs in FROM_HF.items()}
     return fields | {
-        "kv_channels": _head_dim(hf_config),
+        "kv_channels": attention_shape(hf_config).head_dim,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,

@@ -111,7 +111,7 @@ class WeightTable:
         yield "output_layer.weight", self._vocabulary(EMBEDDING if self.tied else HEAD)
 
     def _layer(self, own: str, hf: str, hf_config: Any) -> Iterator[tuple[str, Entry]]:
-        heads = _attention(hf_config)
+        heads = attention_shape(hf_config)
         yield f"{own}input_layernorm.weight", self._copy(f"{hf}input_layernorm.weight")
         for kind in ("weight", "bias"):
             if f"{hf}self_attn.q_proj.{kind}" in self.hf_shapes:
@@ -203,7 +203,7 @@ def hf_shapes(hf_config: Any) -> dict[str, Shape]:
 
 
 def _attention_shapes(hf_config: Any) -> dict[str, Shape]:
-    heads, hidden = _attention(hf_config), hf_config.hidden_size
+    heads, hidden = attention_shape(hf_config), hf_config.hidden_size
     queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
     shapes: dict[str, Shape] = {}
     for part, rows in (("q", queries), ("k", keys), ("v", keys)):
@@ -242,12 +242,6 @@ def has_experts(hf_config: Any, layer: int) -> bool:
         and layer not in hf_config.mlp_only_layers
         and (layer + 1) % hf_config.decoder_sparse_step == 0
     )
-
-
-def _attention(hf_config: Any) -> AttentionShape:
-    heads = attention_shape(hf_config)
-    assert heads is not None, "every family has attention"
-    return heads
 
 
 def _refuse_biases(hf_config: Any) -> None:

@@ -30,7 +30,6 @@ def packed_attention(
 ) -> AttentionShape:
     """The order of rows in packed matrices: in whole ones, or in the blocks of one rank."""
     shape = attention_shape(hf_config)
-    assert shape is not None, "every family has attention"
     tp = config.tensor_model_parallel_size
     return replace(
         shape,
