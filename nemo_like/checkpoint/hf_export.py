@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_like.checkpoint.files import refusing_os_errors, sync_tree, write_json
 from nemo_like.errors import CheckpointError
+from nemo_like.weight_sync.digest import tensor_digest
 
 INDEX = "model.safetensors.index.json"
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -65,7 +65,7 @@ def _without_aliases(
     digests: dict[str, str] = {}
     for name, tensor in weights:
         if name in tied or name in tied.values():
-            digests[name] = _digest(tensor)
+            digests[name] = tensor_digest(tensor)
         if name not in tied:
             yield name, tensor
     for alias, original in tied.items():
@@ -75,11 +75,6 @@ def _without_aliases(
             raise CheckpointError(
                 f"tie_word_embeddings is set, and {alias} differs from {original}"
             )
-
-
-def _digest(tensor: Tensor) -> str:
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return xxhash.xxh3_128_hexdigest(raw.numpy().data)
 
 
 class _Shards:
