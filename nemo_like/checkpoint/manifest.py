@@ -8,6 +8,7 @@ that, loading executes nothing that it reads (`dcp_storage.py`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -26,7 +27,6 @@ from nemo_like.errors import CheckpointError
 
 FORMAT = 1
 _PACKAGES = ("nemo-like", "torch", "numpy", "transformers", "safetensors", "megatron-core")
-_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,9 @@ def _describe(folder: Path, names: Any) -> dict[str, dict[str, Any]]:
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    digest, num_bytes = xxhash.xxh3_128(), 0
-    chunk = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(chunk):
-            digest.update(chunk[:count])
-            num_bytes += count
-    return {"bytes": num_bytes, "xxh3_128": digest.hexdigest()}
+        digest = hashlib.file_digest(file, xxhash.xxh3_128)
+        return {"bytes": file.tell(), "xxh3_128": digest.hexdigest()}
 
 
 def _package_versions() -> dict[str, str]:
