@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_like.cluster.placement import Placement, count_local_gpus, place
 from nemo_like.config.command_line import PLAIN, Asked, parse
 from nemo_like.config.grpo import GRPOTree
@@ -28,7 +30,6 @@ from nemo_like.optim.plan import Plan
 from nemo_like.optim.routing import STATE_BYTES, Owner, Routing, embedding_names
 from nemo_like.optim.views import attention_shape
 from nemo_like.plan.devices import device_named
-from nemo_like.plan.engines import BYTES
 from nemo_like.plan.outline import Outline, outline
 from nemo_like.plan.tables import plan_data, plan_tables
 from nemo_like.run.build import parallel_sizes
@@ -97,8 +98,9 @@ class _Parameters:
     def checkpoint_bytes(self, tree: RunTree) -> int:
         """Bytes of one checkpoint: fp32 weights, optimizer state, and the copy for transformers."""
         saving = tree.checkpointing
-        exported = 0 if saving.model_save_format is None else BYTES[tree.policy.precision]
-        each = BYTES["float32"] + exported
+        each = torch.float32.itemsize
+        if saving.model_save_format is not None:
+            each += getattr(torch, tree.policy.precision).itemsize
         return each * self.num_parameters + (self.optimizer_bytes if saving.save_optimizer else 0)
 
 
@@ -149,7 +151,6 @@ def planned_routing(policy: PolicyConfig) -> Routing:
 
 def planned_exchange(policy: PolicyConfig, routing: Routing, placement: Placement) -> list[Plan]:
     """Muon's work on these ranks, where training would lay its matrices; none without Muon."""
-    import torch
     from torch.distributed.tensor import Replicate, Shard
 
     from nemo_like.backends.dtensor.parallelize import COLUMN_WISE, ROW_WISE

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from nemo_like.config.generation import RolloutPolicyConfig
 from nemo_like.plan.devices import Device
 from nemo_like.rollout.vllm_settings import kv_bytes_per_token
-
-BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def engine_plan(
 ) -> EnginePlan:
     """What each GPU of an engine of this policy holds."""
     asked = policy.generation.vllm_cfg
-    itemsize = BYTES[asked.precision or policy.precision]
+    itemsize = getattr(torch, asked.precision or policy.precision).itemsize
     tensor = asked.tensor_parallel_size
     per_token = kv_bytes_per_token(hf_config, itemsize, num_parts=tensor)
     weights = num_parameters * itemsize / tensor

@@ -29,8 +29,6 @@ from nemo_like.optim.layout import layout_of
 from nemo_like.optim.routing import embedding_names
 from nemo_like.optim.views import attention_shape
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 class DTensorBackend(RankBackend):
     """FSDP2 with fp32 master weights, HSDP, tensor and sequence parallelism, on GPUs or a CPU."""
@@ -147,7 +145,7 @@ def _build_model(
         temperature=settings.temperature,
     )
     shard_parameters(
-        model, mesh, compute_dtype=DTYPES[policy.precision], cpu_offload=config.cpu_offload
+        model, mesh, compute_dtype=getattr(torch, policy.precision), cpu_offload=config.cpu_offload
     )
     models.materialize(model, torch.device("cpu") if config.cpu_offload else device)
     if settings.loads_weights:

@@ -17,7 +17,6 @@ from nemo_like.optim.views import attention_shape
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FROM_HF = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -195,7 +194,7 @@ def _model_fields(hf_config: Any) -> dict[str, Any]:
 
 
 def _layout_fields(policy: PolicyConfig) -> dict[str, Any]:
-    config, dtype = policy.megatron_cfg, DTYPES[policy.precision]
+    config, dtype = policy.megatron_cfg, getattr(torch, policy.precision)
     pp = config.pipeline_model_parallel_size
     fields = {
         name: getattr(config, name)

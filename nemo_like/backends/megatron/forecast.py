@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_like.backends.megatron.architecture import DTYPES, refuse_unsupported
+from nemo_like.backends.megatron.architecture import refuse_unsupported
 from nemo_like.backends.megatron.convert import WeightTable
 from nemo_like.backends.megatron.places import Grid, Place, layers_of_stages
 from nemo_like.backends.megatron.routing import all_names, packed_attention, refuse_halves
@@ -94,7 +94,7 @@ class Forecast:
     def memory(self) -> dict[str, float]:
         """Bytes of the fullest rank by what they are for, activations not counted."""
         own = {row.name: STATE_BYTES[row.optimizer] for row in self.routing.rows}
-        dtype = DTYPES[self._policy.precision]
+        dtype = getattr(torch, self._policy.precision)
         ddp = self._config.distributed_data_parallel_config
         gradient = torch.float32 if ddp.grad_reduce_in_fp32 else dtype
         # Bytes of each rank: weights, gradients, masters, optimizer state.
