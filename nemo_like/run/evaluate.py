@@ -38,13 +38,11 @@ class SavedWeights:
         """Whole tensors by name; raises before the first one if they are not the model's."""
         import torch
 
-        from nemo_like.backends.hf_models import hub_shapes, load_hf_config
+        from nemo_like.backends.hf_models import FirstModel, hub_shapes
 
-        folder = model_folder(self.policy.model_name, with_weights=True)
-        config = load_hf_config(
-            folder, self.policy.hf_config_overrides, backend_key=self.policy.backend_key
-        )
-        for name, tensor in read_hf(folder, hub_shapes(config), tied=config.tie_word_embeddings):
+        first = FirstModel.of(self.policy, seed=0)
+        shapes, tied = hub_shapes(first.hf_config), first.hf_config.tie_word_embeddings
+        for name, tensor in read_hf(first.folder, shapes, tied=tied):
             yield name, tensor.to(getattr(torch, self.policy.precision))
 
 
