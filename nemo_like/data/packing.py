@@ -13,46 +13,31 @@ Bins = list[list[int]]
 
 
 class _Remaining:
-    """Sequences not yet packed, asked for the longest or shortest in a range: O(log n) each."""
+    """Sequences not yet packed, asked for the longest or shortest in a range."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        self._of_length: dict[int, list[int]] = {}
-        for index in range(len(lengths) - 1, -1, -1):  # so that `_take` returns the lowest index
-            self._of_length.setdefault(lengths[index], []).append(index)
-        self._sorted = sorted(self._of_length)
+        # Of equally long ones the first is the longest.
+        self._sorted = sorted((length, -index) for index, length in enumerate(lengths))
 
     def __bool__(self) -> bool:
         return bool(self._sorted)
 
-    def _take(self, place: int) -> tuple[int, int]:
-        length = self._sorted[place]
-        indices = self._of_length[length]
-        index = indices.pop()
-        if not indices:
-            del self._sorted[place]
-        return index, length
-
     def pop_longest(self, above: int, up_to: int) -> tuple[int, int] | None:
         """Index and length of the longest sequence with `above < length <= up_to`, taken out."""
-        place = bisect_right(self._sorted, up_to) - 1
-        return self._take(place) if place >= 0 and self._sorted[place] > above else None
+        place = bisect_right(self._sorted, (up_to, 0)) - 1
+        if place < 0 or self._sorted[place][0] <= above:
+            return None
+        length, index = self._sorted.pop(place)
+        return -index, length
 
     def pop_shortest_pair(self, above: int, up_to: int) -> list[int]:
         """The shortest sequence above `above`, and the longest that fits beside it; or nothing."""
-        place = bisect_right(self._sorted, above)
-        if place == len(self._sorted):
+        place = bisect_right(self._sorted, (above, 0))
+        pair = [length for length, _ in self._sorted[place : place + 2]]
+        if len(pair) < 2 or sum(pair) > up_to:
             return []
-        shortest = self._sorted[place]
-        is_alone = len(self._of_length[shortest]) == 1
-        if is_alone and place + 1 == len(self._sorted):
-            return []
-        second = self._sorted[place + 1] if is_alone else shortest
-        if shortest + second > up_to:
-            return []
-        index, _ = self._take(place)
-        other = self.pop_longest(above, up_to - shortest)
-        assert other is not None, "the second shortest fits"
-        return [index, other[0]]
+        taken = (self.pop_longest(above, most) for most in (pair[0], up_to - pair[0]))
+        return [found[0] for found in taken if found]
 
 
 def concatenative(lengths: Sequence[int], capacity: int) -> Bins:
