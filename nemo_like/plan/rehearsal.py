@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemo_like.backends.base import RankBackend
+from nemo_like.backends.factory import BackendFactory
 from nemo_like.backends.settings import BackendSettings
 from nemo_like.config.policy import DTensorConfig, PolicyConfig
 from nemo_like.data.batching import Batching, plan
@@ -150,7 +150,7 @@ def _runs(
     policy = policy.model_copy(update=small)
     counts = range(1, min(2, work.num_micro_batches) + 1)
     with rank_of(world_size, rank) as mode, ExitStack() as undo:
-        backend = start(policy, BackendSettings(seed=0, loads_weights=False))
+        backend = BackendFactory(policy, BackendSettings(seed=0, loads_weights=False))()
         undo.enter_context(closing(backend))
         undo.enter_context(routes(policy))
         # The plan knows what it costs; on a CPU it is many small operations.
@@ -160,17 +160,6 @@ def _runs(
         return [
             observe(policy, backend, work.share(n), NLL(), numberless=mode.fake) for n in counts
         ]
-
-
-def start(policy: PolicyConfig, settings: BackendSettings) -> RankBackend:
-    """The backend of this process."""
-    if isinstance(policy.backend, DTensorConfig):
-        from nemo_like.backends.dtensor.backend import DTensorBackend
-
-        return DTensorBackend(policy, settings)
-    from nemo_like.backends.megatron.backend import MegatronBackend
-
-    return MegatronBackend(policy, settings)
 
 
 def routes(policy: PolicyConfig) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_like.backends.factory import BackendFactory
 from nemo_like.backends.settings import BackendSettings
 from nemo_like.cluster.generator import RemoteGenerator
 from nemo_like.cluster.group import GroupConfig, WorkerGroup
@@ -51,23 +52,17 @@ class Machines:
     generator: Generator | None
 
 
-def policy_factory(policy: PolicyConfig, settings: BackendSettings) -> Any:
+def policy_factory(policy: PolicyConfig, settings: BackendSettings) -> BackendFactory:
     """What each worker makes its backend from.
 
     Raises:
         ConfigError: the Megatron backend can not train this model so; nothing was started.
     """
-    match policy.backend:
-        case DTensorConfig():
-            from nemo_like.backends.dtensor.factory import DTensorFactory
+    if isinstance(policy.backend, MegatronConfig):
+        from nemo_like.backends.megatron.architecture import refuse_unsupported
 
-            return DTensorFactory(policy, settings)
-        case MegatronConfig():
-            from nemo_like.backends.megatron.architecture import refuse_unsupported
-            from nemo_like.backends.megatron.factory import MegatronFactory
-
-            refuse_unsupported(policy, hf_config_of(policy))
-            return MegatronFactory(policy, settings)
+        refuse_unsupported(policy, hf_config_of(policy))
+    return BackendFactory(policy, settings)
 
 
 @contextmanager

@@ -24,10 +24,10 @@ def policy_of(folder, dtensor):
 
 
 def outlook_in_training(folder, dtensor):
-    from nemo_like.backends.dtensor.factory import DTensorFactory
+    from nemo_like.backends.factory import BackendFactory
     from nemo_like.backends.settings import BackendSettings
 
-    backend = DTensorFactory(policy_of(folder, dtensor), BackendSettings(seed=0))()
+    backend = BackendFactory(policy_of(folder, dtensor), BackendSettings(seed=0))()
     found = backend.begin(total_steps=10).outlook
     backend.close()
     return found

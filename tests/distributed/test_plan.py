@@ -66,13 +66,14 @@ def found_on_this_rank(folder, block):
     """What a whole step takes of this rank, all layers and micro-batches of it."""
     import torch.distributed as dist
 
+    from nemo_like.backends.factory import BackendFactory
     from nemo_like.backends.settings import BackendSettings
     from nemo_like.losses.nll import NLL
-    from nemo_like.plan.rehearsal import observe, routes, start
+    from nemo_like.plan.rehearsal import observe, routes
 
     policy = policy_of(folder, block)
     work = work_of(policy, dist.get_world_size())
-    backend = start(policy, BackendSettings(seed=0))
+    backend = BackendFactory(policy, BackendSettings(seed=0))()
     backend.begin(total_steps=10)
     with routes(policy):
         found = observe(policy, backend, work.share(work.num_micro_batches), NLL())

@@ -23,7 +23,7 @@ def model(tmp_path_factory):
 
 
 def backend_of(model, dtensor, *, seed=0, precision="bfloat16"):
-    from nemo_like.backends.dtensor.factory import DTensorFactory
+    from nemo_like.backends.factory import BackendFactory
     from nemo_like.backends.settings import BackendSettings
     from nemo_like.config.policy import PolicyConfig
 
@@ -31,7 +31,7 @@ def backend_of(model, dtensor, *, seed=0, precision="bfloat16"):
         model_name=model, init="random", precision=precision, max_total_sequence_length=64,
         optimizer={"optimizer": "muon", "lr": 1e-2}, dtensor_cfg=dtensor,
     )  # fmt: skip
-    backend = DTensorFactory(policy, BackendSettings(seed=seed))()
+    backend = BackendFactory(policy, BackendSettings(seed=seed))()
     backend.begin(10)
     return backend
 

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from nemo_like.backends.dtensor.factory import DTensorFactory  # noqa: E402
+from nemo_like.backends.factory import BackendFactory  # noqa: E402
 from nemo_like.backends.hf_models import new_hf_model, random_weights  # noqa: E402
 from nemo_like.backends.settings import BackendSettings  # noqa: E402
 from nemo_like.config.policy import PolicyConfig  # noqa: E402
@@ -92,7 +92,7 @@ class Ours:
             max_total_sequence_length=512, optimizer=OPTIMIZER,
         )  # fmt: skip
         batching = Batching.for_training(config)
-        backend = DTensorFactory(config, BackendSettings(seed=0))()
+        backend = BackendFactory(config, BackendSettings(seed=0))()
         self.policy = LocalPolicy(backend, train=batching, logprob=batching)
         self.policy.begin(1000)
 
