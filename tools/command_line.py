@@ -32,5 +32,6 @@ def run(
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:  # a file of the user's that is not there, or may not be written
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        reason = f"{error.filename}: {(error.strerror or '').lower()}" if error.filename else error
+        print(f"{parser.prog}: {reason}", file=sys.stderr)
         return ConfigError.exit_code

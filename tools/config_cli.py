@@ -7,7 +7,8 @@
     uv run tools/config_cli.py import   THEIRS [--out OURS]      a recipe of NeMo-RL
 
 Files are looked for as by `--config`. The exit code is 1 where `compare` finds a difference or
-`minimize --check` a key too many, and 2 for a configuration that is wrong.
+`minimize --check` a key too many, and 2 for a configuration that is wrong, or an import that needs
+a decision before it runs.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def _parser() -> Parser:
     theirs = commands.add_parser("import", help="translate a recipe of NeMo-RL")
     theirs.add_argument("file", type=Path, help="its YAML, beside the files that it inherits from")
     theirs.add_argument("--out", type=Path, help="where to write ours; else it is printed")
+    theirs.add_argument("--force", action="store_true", help="write over a file that is there")
     theirs.set_defaults(command=_import)
     return parser
 
@@ -201,22 +203,40 @@ def _without(
 
 
 def _import(options: argparse.Namespace) -> int:
+    out: Path | None = options.out
+    if out is not None and out.exists() and not options.force:
+        raise ConfigError(f"{out} is there already; --force writes over it")
     done = migrate(options.file)
     text = _header(options.file, done) + as_yaml(done.values)
-    if options.out is None:
+    if out is None:
         print(text, end="")
     else:
-        options.out.write_text(text, encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     print(_account(done), file=sys.stderr)
     if done.conflicts:
-        print(report(done.conflicts, done.draft), file=sys.stderr)
-        return ConfigError.exit_code
-    return 0
+        decide = report(done.conflicts, done.draft, head="to decide before it runs")
+        print(f"\n{decide}", file=sys.stderr)
+    if out is not None:
+        print(_next(out, done), file=sys.stderr)
+    return ConfigError.exit_code if done.needs_decision else 0
+
+
+def _next(file: Path, done: Migration) -> str:
+    """What was written, and what to type next."""
+    algorithm = done.tree.algorithm
+    command = f"  uv run examples/run_{algorithm}.py --config {file}"
+    first = " Decide what is named above, then look" if done.needs_decision else " Look"
+    return (
+        f"\nwrote {file}.{first} at the plan, and try it with a tiny model on a CPU:\n"
+        f"{command} --dry-run\n{command} recipes/tiny={algorithm}"
+    )
 
 
 def _header(file: Path, done: Migration) -> str:
     lost = account(fate for fate in done.fates if fate.kind in ("absent", "unknown"))
-    lines = [f"From {file.name} of NeMo-RL.", *(["Left out:"] if lost else []), *lost]
+    lines = [f"From {file.name} of NeMo-RL."]
+    lines += ["Written out, as defaults differ:", *done.added] if done.added else []
+    lines += ["Left out:", *lost] if lost else []
     return "".join(f"# {line}\n" for line in lines)
 
 
@@ -225,6 +245,7 @@ def _account(done: Migration) -> str:
     counts = {kind: [f for f in done.fates if f.kind == kind] for kind in _MEANING}
     lines = [f"{len(done.fates)} keys:"]
     lines += [f"  {len(some):4} {kind}: {_MEANING[kind]}" for kind, some in counts.items() if some]
+    lines += ["", *(f"added: {line}" for line in done.added)] if done.added else []
     for kind in LEFT_OUT:
         lines += [""] if counts[kind] else []
         lines += [f"{kind}: {line}" for line in account(counts[kind])]

@@ -21,6 +21,7 @@ RENAMED: dict[str, str] = {
     "policy.optimizer.muon_nesterov": "policy.optimizer.muon_use_nesterov",
     f"{_MEGATRON}.optimizer.muon_nesterov": f"{_MEGATRON}.optimizer.muon_use_nesterov",
     f"{_MEGATRON}.moe_aux_loss_coeff": f"{_MEGATRON}.model_overrides.moe_aux_loss_coeff",
+    f"{_GENERATION}.vllm_kwargs.max_num_seqs": f"{_GENERATION}.max_num_seqs",
     "data.prompt_file": "data.default.prompt_file",
     "data.system_prompt_file": "data.default.system_prompt_file",
     "grpo.num_val_generations_per_prompt": "grpo.val_num_generations_per_prompt",
@@ -104,10 +105,25 @@ DATASETS: dict[str, dict[str, str]] = {
     "MATH-500": {"dataset_name": "HuggingFaceH4/MATH-500", "split": "test"} | _PROBLEM,
     "math500": {"dataset_name": "HuggingFaceH4/MATH-500", "split": "test"} | _PROBLEM,
     "DeepScaler": {"dataset_name": "agentica-org/DeepScaleR-Preview-Dataset"} | _PROBLEM,
+    "tulu3_sft_mixture": {
+        "dataset_name": "allenai/tulu-3-sft-mixture",
+        "messages_key": "messages",
+    },
     "GSM8K": _GSM8K,
     "gsm8k": _GSM8K,
 }
 """Short names of data sets (NeMo-RL's, and what people say), and what its loaders read."""
+
+
+LOCAL_FILES = ("ResponseDataset", "openai_format")
+"""NeMo-RL's names of its readers of `data_path`; the second one's rows are conversations."""
+OF_CONVERSATIONS = {
+    "system_key": "a system message is the first of a row's messages",
+    "system_prompt": "name a text file: system_prompt_file",
+    "tool_key": "chat templates are not given tools",
+    "use_preserving_dataset": "rows are read as they are",
+}
+"""Keys of such a reader that are absent here, and why; off they ask for what happens anyway."""
 
 
 def translate(draft: Draft) -> None:
@@ -208,24 +224,36 @@ def _zero_is_off(draft: Draft) -> None:
 
 
 def _translate_sources(draft: Draft) -> None:
-    """Short names of data sets become hub names; `ResponseDataset` means "the local file"."""
-    for name in ("train", "validation"):
-        found, value = draft.find(f"data.{name}")
-        if not found:
-            continue
-        several = isinstance(value, list)
-        for source in value if several else [value]:
-            if isinstance(source, dict):
-                _translate_source(source)
+    """Short names of data sets become hub names; names of readers mean "the local file"."""
+    for path, source in sources(draft):
+        name = source.get("dataset_name")
+        if source.get("data_path") and name in LOCAL_FILES:
+            del source["dataset_name"]
+            if name == "openai_format":
+                _translate_conversations(draft, path, source)
+        known = DATASETS.get(str(name))
+        if known is not None and not source.get("data_path"):
+            source |= {k: v for k, v in known.items() if k == "dataset_name" or k not in source}
 
 
-def _translate_source(source: dict[str, Any]) -> None:
-    if source.get("dataset_name") == "ResponseDataset" and source.get("data_path"):
-        del source["dataset_name"]
-        return
-    known = DATASETS.get(str(source.get("dataset_name")))
-    if known is not None and not source.get("data_path"):
-        source |= {k: v for k, v in known.items() if k == "dataset_name" or k not in source}
+def sources(draft: Draft) -> list[tuple[str, dict[str, Any]]]:
+    """Every data source that is written, with its path."""
+    found = []
+    for path in ("data.train", "data.validation"):
+        value = draft.find(path)[1]
+        each = enumerate(value) if isinstance(value, list) else ()
+        named = [(f"{path}.{n}", one) for n, one in each] or [(path, value)]
+        found += [(name, one) for name, one in named if isinstance(one, dict)]
+    return found
+
+
+def _translate_conversations(draft: Draft, path: str, source: dict[str, Any]) -> None:
+    source.setdefault("messages_key", source.pop("chat_key", None) or "messages")
+    for key, reason in OF_CONVERSATIONS.items():
+        if key in source and _is_off(source[key]):
+            del source[key]
+        elif key in source:
+            draft.refuse(f"{path}.{key}", f"absent on purpose: {reason}")
 
 
 def _replace(draft: Draft, path: str, value: Any) -> None:

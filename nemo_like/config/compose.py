@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem, find, split, walk
-from nemo_like.config.layers import Files, shown
+from nemo_like.config.layers import Files, shown, why_unreadable
 from nemo_like.config.schema import Key, is_known
 from nemo_like.errors import ConfigError
 
@@ -150,8 +150,8 @@ def _read_files(path: Path, groups: Sequence[str]) -> Files:
 
 def _reason(error: Exception) -> str:
     """What Hydra or YAML say, without the search path; and the cure for NeMo-RL's `defaults`."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem} (line {error.problem_mark.line + 1})"
+    if isinstance(error, yaml.YAMLError | OSError):
+        return why_unreadable(error)
     lines = str(error).partition("Config search path")[0].splitlines()
     text = " ".join(line.strip() for line in lines if line.strip())
     if "defaults must be a list" in text:

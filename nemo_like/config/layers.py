@@ -14,8 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_like.config.draft import Origin, Problem, split, walk
-from nemo_like.config.report import report
+from nemo_like.config.draft import Origin, split, walk
 from nemo_like.errors import ConfigError
 
 INHERITS = "defaults"
@@ -103,9 +102,10 @@ def _inherit(file: Path, files: Files, below: tuple[Path, ...]) -> None:
     for name in [parents] if isinstance(parents, str) else parents or []:
         parent = (file.parent / str(name)).resolve()
         if not parent.is_file():
-            message = f"there is no such file: {shown(parent)}; copy it to there too"
-            where = origins_of(file, (), layer=0)[split(INHERITS)]
-            raise ConfigError(report([Problem(message, origin=where)]))
+            where = origins_of(file, (), layer=0)[split(INHERITS)].text
+            raise ConfigError(
+                f"{where}: there is no such file: {shown(parent)}; copy it to there too"
+            )
         _inherit(parent, files, (*below, file))
     try:
         _make_room(files.values, loaded)
@@ -131,11 +131,19 @@ def _load(file: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(file)
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{shown(file)} can not be read: {reason}") from error
+        raise ConfigError(f"{shown(file)} can not be read: {why_unreadable(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{shown(file)} holds a list; a configuration is a mapping of keys")
     return loaded
+
+
+def why_unreadable(error: Exception) -> str:
+    """What the system, YAML or OmegaConf say, in a line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} (line {error.problem_mark.line + 1})"
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    return str(error).strip().split("\n")[0]
 
 
 class Interpolation(str):

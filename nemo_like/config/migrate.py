@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from nemo_like.config import compat, compose, torch_optimizers
 from nemo_like.config.absent import ABSENT, IGNORED
-from nemo_like.config.draft import Draft, Origin, Problem, find, leaves, show, split
+from nemo_like.config.data import BUNDLED
+from nemo_like.config.draft import DEFAULT, Draft, Origin, Problem, find, leaves, show, split
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.layers import Files, Interpolation, read_inherited
 from nemo_like.config.megatron import NOT_HERE
@@ -23,10 +24,36 @@ from nemo_like.errors import ConfigError
 _MEGATRON = "policy.megatron_cfg"
 TREES: dict[str, type[RunTree]] = {"sft": SFTTree, "grpo": GRPOTree}
 NOT_CARRIED = {
+    "logger.tensorboard.log_dir": "event files lie in the run's log folder, as NeMo-RL's do too",
     "policy.make_sequence_length_divisible_by": "it follows from the layout of the active backend",
     **{f"{_MEGATRON}.{key}": reason for key, reason in NOT_HERE.items()},
 }
 """Keys of ours that NeMo-RL's files set for every model and layout, and that few can have."""
+BY_BUDGET = {
+    "sft.val_micro_batch_size": "batches of validation are cut by the token budget, as others are"
+}
+"""What is not carried over where micro-batches have a token budget."""
+MUON_OF_MEGATRON = {
+    "muon_extra_scale_factor": 1.0,
+    "muon_tp_mode": "blockwise",
+    "muon_split_gate_up": False,
+    "muon_clip": "all",
+    "muon_zero_grad": "always",
+}
+"""What megatron-core's Muon does where a recipe says nothing, and ours does not."""
+WHAT_IS_LEARNED = (
+    *("policy.dtensor_cfg.lora_cfg", "policy.megatron_cfg.peft"),
+    *("policy.optimizer", "policy.scheduler", "policy.precision"),
+    *("data", "env", "loss_fn", "grpo.adv_estimator", "reward_penalties"),
+    "on_policy_distillation",
+)
+"""Sections whose absent values make another run of it, not a slower or a quieter one."""
+
+_OF_CONVERSATIONS = {
+    f"data.{name}.{key}": reason
+    for name in ("train", "validation")
+    for key, reason in compat.OF_CONVERSATIONS.items()
+}
 
 Kind = Literal["kept", "said differently", "off", "ignored", "absent", "unknown"]
 LEFT_OUT: tuple[Kind, ...] = ("ignored", "absent", "unknown")
@@ -51,7 +78,8 @@ class Migration:
     """What a recipe says in our language.
 
     `values` are sparse. `conflicts` are what is wrong between them: the recipe does not run as it
-    is until somebody decides.
+    is until somebody decides. `added` are keys that the recipe leaves to defaults other than ours,
+    each with the reason.
     """
 
     tree: type[RunTree]
@@ -59,6 +87,17 @@ class Migration:
     fates: tuple[Fate, ...]
     conflicts: tuple[Problem, ...]
     draft: Draft
+    added: tuple[str, ...] = ()
+
+    @property
+    def needs_decision(self) -> bool:
+        """Whether it would not run as it is, or would learn something else."""
+        return bool(self.conflicts) or any(
+            fate.kind == "unknown"
+            or fate.kind == "absent"
+            and f"{fate.entry}.".startswith(tuple(f"{key}." for key in WHAT_IS_LEARNED))
+            for fate in self.fates
+        )
 
 
 def migrate(file: Path) -> Migration:
@@ -76,15 +115,16 @@ def migrate(file: Path) -> Migration:
     origins = dict(draft.origins)
     compat.translate(draft)
     ignored = _leave_out(draft)
+    added = tuple(_said_outright(draft))
     unknown = _refuse_fields(draft, tree, schema)
-    whole = Draft(draft.values, draft.defaults, draft.origins)
-    conflicts = validate(whole, tree, schema.known)[1]
+    conflicts = validate(draft, tree, schema.known)[1][len(draft.problems) :]
+    conflicts += _unknown_data_sets(draft)
     theirs = Draft(written, draft.defaults, origins)
     judge = _Judge(draft, theirs, schema.known, unknown, ignored)
     fates = [judge.fate(".".join(path), value) for path, value in leaves(raw)]
     fates += judge.unnamed(fates)
     values = _with_interpolations(sparse(draft.values, schema.defaults), raw, schema)
-    return Migration(tree, values, tuple(fates), tuple(conflicts), whole)
+    return Migration(tree, values, tuple(fates), tuple(conflicts), draft, added)
 
 
 def _tree_of(files: Files, file: Path) -> type[RunTree]:
@@ -100,13 +140,50 @@ def _tree_of(files: Files, file: Path) -> type[RunTree]:
 
 def _leave_out(draft: Draft) -> dict[str, str]:
     """Drop what few models can have, and what is said twice; the reasons of all that is dropped."""
-    for path in NOT_CARRIED:
+    budgets = (f"policy.{block}.enabled" for block in ("dynamic_batching", "sequence_packing"))
+    dropped = NOT_CARRIED | (BY_BUDGET if any(draft.find(b)[1] for b in budgets) else {})
+    for path in dropped:
         if draft.find(path)[0]:
             draft.take(path)
     for path, source in _said_twice(draft):
         if draft.find(path)[0] and _equal(draft.find(path)[1], draft.seen(source)[1]):
             draft.take(path)
-    return IGNORED | NOT_CARRIED
+    return IGNORED | dropped
+
+
+def _said_outright(draft: Draft) -> Iterator[str]:
+    """Write what NeMo-RL does where a recipe says nothing, and we do not; what, and why."""
+    if not draft.find("data.bad_rows")[0]:
+        draft.put("data.bad_rows", "drop", DEFAULT)
+        yield (
+            "data.bad_rows=drop: NeMo-RL learns nothing from rows that are too long and goes on; "
+            "here they are left out, and end the run if they are more than data.max_bad_rows"
+        )
+    block = f"{_MEGATRON}.optimizer"
+    if draft.find(f"{block}.optimizer")[1] in ("muon", "dist_muon"):
+        keys = [key for key in MUON_OF_MEGATRON if not draft.find(f"{block}.{key}")[0]]
+        for key in keys:
+            draft.put(f"{block}.{key}", MUON_OF_MEGATRON[key], DEFAULT)
+        if keys:
+            values = ", ".join(f"{key}={show(MUON_OF_MEGATRON[key])}" for key in keys)
+            reason = (
+                "megatron-core's defaults, for the same steps as there; ours are in docs/muon.md"
+            )
+            yield f"{block} ({values}): {reason}"
+
+
+def _unknown_data_sets(draft: Draft) -> Iterator[Problem]:
+    """Short names that are neither in our table nor names of the hub."""
+    for path, source in compat.sources(draft):
+        name = source.get("dataset_name")
+        if not isinstance(name, str) or "/" in name or name in BUNDLED or source.get("data_path"):
+            continue
+        if not Path(name).exists():
+            yield Problem(
+                "a short name that is not known here: name the data set as on the Hugging Face hub "
+                "(owner/name) and its columns, or its rows in a file as data_path",
+                (f"{path}.dataset_name",),
+            )
 
 
 def _said_twice(draft: Draft) -> Iterator[tuple[str, str]]:
@@ -145,7 +222,7 @@ class _Judge:
         targets = self._targets(path)
         for key in (path, *targets):
             for kind, reasons in self._tables():
-                if entry := _entry(key, reasons):
+                if entry := _entry(key, reasons, within=value is not None):
                     return Fate(path, kind, value, origin, reasons[entry], entry)
         same = path in targets and is_known(path, self.known)
         return Fate(path, "kept" if same else "said differently", value, origin)
@@ -171,7 +248,7 @@ class _Judge:
         yield "unknown", self.unknown
         yield "absent", refused
         yield "ignored", self.ignored
-        yield "off", ABSENT
+        yield "off", ABSENT | _OF_CONVERSATIONS
 
 
 def _renamed(path: str) -> str:
@@ -182,12 +259,12 @@ def _renamed(path: str) -> str:
     return compat.RENAMED.get(path, path)
 
 
-def _entry(path: str, reasons: Mapping[str, str]) -> str:
+def _entry(path: str, reasons: Mapping[str, str], *, within: bool) -> str:
     """Where a table speaks of a key: of itself, of a section around it, or of its elements."""
     parts = split(path)
     heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    within = (key for key in reasons if key.startswith(f"{path}."))
-    return next((head for head in heads if head in reasons), "") or next(within, "")
+    below = (key for key in reasons if within and key.startswith(f"{path}."))
+    return next((head for head in heads if head in reasons), "") or next(below, "")
 
 
 def sparse(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -10,15 +10,20 @@ from nemo_like.config.compat import MOVED
 from nemo_like.config.draft import Draft, Problem, show
 from nemo_like.config.schema import Key
 
-HINT = "Every key with its default: --help (one block: --help policy)."
+HINT = (
+    "Every key with its default: examples/run_sft.py --help, examples/run_grpo.py --help "
+    "(one block: --help policy)."
+)
 
 
-def report(problems: Sequence[Problem], draft: Draft | None = None) -> str:
-    """Every problem, each with its keys, values and origins, once."""
+STOPPED = "in the configuration; nothing was started"
+
+
+def report(problems: Sequence[Problem], draft: Draft | None = None, *, head: str = STOPPED) -> str:
+    """Every problem, each with its keys, values and origins, once, below their number."""
     several = "problems" if len(problems) > 1 else "problem"
     texts = dict.fromkeys(_paragraph(problem, draft) for problem in problems)
-    head = f"{len(texts)} {several} in the configuration; nothing was started."
-    return "\n\n".join([head, *texts, HINT])
+    return "\n\n".join([f"{len(texts)} {several} {head}.", *texts, HINT])
 
 
 def _paragraph(problem: Problem, draft: Draft | None) -> str:

@@ -140,7 +140,7 @@ def test_a_misspelt_key_and_a_wrong_value_are_left_out_and_named(theirs):
     assert "grpo.num_prompts = 8: there is no such key; did you mean" in lost(done)
     assert "grpo.seed = abc: expected" in lost(done)
     assert fate(done, "policy.megatron_cfg.muon") == "unknown"
-    assert done.conflicts == ()
+    assert done.conflicts == () and done.needs_decision
 
 
 def test_the_arguments_of_an_optimizer_that_is_not_here_go_with_it(theirs):
@@ -165,6 +165,67 @@ def test_what_is_taken_out_of_a_list_is_named_beside_the_rest_of_it(theirs):
     done = theirs(f"data: {{_override_: true, train: {sources}}}")
     assert "data.train.0.spilt in data.train = [" in lost(done)
     assert "data.train.1.num_rows = y: expected" in lost(done)
+
+
+def test_rows_that_are_too_long_end_no_run_that_they_did_not_end_there(theirs):
+    assert theirs().values["data"]["bad_rows"] == "drop"
+    done = theirs("data: {bad_rows: refuse}")  # a file that was imported before
+    assert "bad_rows" not in done.values["data"] and done.added == ()
+
+
+def test_megatrons_muon_makes_the_steps_that_it_made_there(theirs):
+    muon = "{optimizer: dist_muon, use_distributed_optimizer: false, muon_extra_scale_factor: 0.2}"
+    megatron = f"megatron_cfg: {{enabled: true, optimizer: {muon}}}"
+    done = theirs(f"policy: {{dtensor_cfg: {{enabled: false}}, {megatron}}}")
+    written = done.values["policy"]["megatron_cfg"]["optimizer"]
+    assert written["muon_extra_scale_factor"] == 0.2
+    assert (written["muon_tp_mode"], written["muon_split_gate_up"]) == ("blockwise", False)
+    assert (written["muon_clip"], written["muon_zero_grad"]) == ("all", "always")
+    assert any("muon_tp_mode=blockwise" in line for line in done.added)
+    assert not done.conflicts
+    assert "muon_tp_mode" not in as_yaml(theirs().values)
+
+
+def test_conversations_of_a_local_file_are_read_by_their_column(tmp_path):
+    file = tmp_path / "chats.yaml"
+    source = "dataset_name: openai_format, data_path: a.jsonl, chat_key: turns, system_key: null"
+    file.write_text(f"sft: {{seed: 1}}\ndata: {{train: {{{source}, tool_key: tools}}}}\n")
+    done = migrate(file)
+    assert done.values["data"]["train"] == {"data_path": "a.jsonl", "messages_key": "turns"}
+    assert fate(done, "data.train.system_key") == "off"
+    assert "data.train.tool_key = tools: absent on purpose" in lost(done)
+
+
+@pytest.mark.parametrize(("name", "decide"), [("some_chats", True), ("some/chats", False)])
+def test_a_short_name_of_a_data_set_that_is_in_no_table_needs_a_decision(theirs, name, decide):
+    done = theirs(f"data: {{train: {{dataset_name: {name}}}}}")
+    assert done.needs_decision == decide
+    assert [problem.keys for problem in done.conflicts] == [("data.train.dataset_name",)] * decide
+
+
+def test_a_data_set_that_is_absent_for_a_reason_is_told_once(theirs):
+    done = theirs("data: {train: {_override_: true, dataset_name: squad}}")
+    assert "write its rows as messages" in lost(done)
+    assert (done.conflicts, done.needs_decision) == ((), True)
+
+
+def test_validation_in_batches_of_its_own_is_left_to_a_token_budget(tmp_path):
+    file = tmp_path / "sft.yaml"
+    packing = "{enabled: %s, train_mb_tokens: 2048}"
+    text = f"sft: {{val_micro_batch_size: 1}}\npolicy: {{sequence_packing: {packing}}}"
+    kept = {}
+    for enabled in ("true", "false"):
+        file.write_text(text % enabled)
+        done = migrate(file)
+        kept[enabled] = "val_micro_batch_size" in done.values.get("sft", {})
+        assert not done.conflicts
+    assert kept == {"true": False, "false": True}
+
+
+def test_sequences_of_an_engine_come_along(theirs):
+    done = theirs("policy: {generation: {vllm_kwargs: {max_num_seqs: 512}}}")
+    assert done.values["policy"]["generation"]["max_num_seqs"] == 512
+    assert lost(done) == ""
 
 
 def test_interpolations_stay_where_they_mean_the_same_here(theirs):
@@ -213,7 +274,7 @@ def test_an_sft_recipe_without_parents_is_an_sft_tree(tmp_path):
     file = tmp_path / "alone.yaml"
     file.write_text("sft: {max_num_steps: 5, val_period: -1}\npolicy: {optimizer: null}\n")
     done = migrate(file)
-    assert (done.tree, done.values) == (SFTTree, {"sft": {"max_num_steps": 5, "val_period": 0}})
+    assert (done.tree, done.values["sft"]) == (SFTTree, {"max_num_steps": 5, "val_period": 0})
 
 
 @pytest.mark.parametrize(

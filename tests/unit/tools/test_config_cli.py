@@ -100,23 +100,48 @@ def test_import_writes_a_file_that_expands_and_says_what_is_left_out(run, write,
     )
     ours = tmp_path / "ours.yaml"
     code, out, errors = run("import", theirs, "--out", str(ours))
-    assert (code, out) == (0, "")
-    assert ours.read_text() == (
-        "# From theirs.yaml of NeMo-RL.\n"
+    assert (code, out) == (2, "")  # another run: all weights would be trained
+    text = ours.read_text()
+    assert text.startswith("# From theirs.yaml of NeMo-RL.\n# Written out, as defaults differ:\n")
+    assert text.endswith(
         "# Left out:\n"
         "# policy.dtensor_cfg.lora_cfg.enabled = true: absent on purpose: "
         "LoRA is not built: all weights are trained\n"
-        "grpo:\n  seed: 7\n"
+        "grpo:\n  seed: 7\ndata:\n  bad_rows: drop\n"
     )
     assert "3 keys:" in errors and "absent: policy.dtensor_cfg.lora_cfg.enabled" in errors
+    assert f"wrote {ours}. Decide what is named above" in errors
+    assert f"uv run examples/run_grpo.py --config {ours} recipes/tiny=grpo" in errors
     assert "seed: 7" in run("expand", str(ours))[1]
+    code, _, errors = run("import", theirs, "--out", str(ours))
+    assert code == 2 and "--force" in errors and ours.read_text() == text
+    assert "wrote" in run("import", theirs, "--out", str(ours), "--force")[2]
+
+
+@pytest.mark.parametrize("key", ["bogus: {a: 1}", "policy: {optimizer: {name: my.Optimizer}}"])
+def test_import_of_what_would_learn_something_else_ends_with_2(run, write, key):
+    assert run("import", write(f"grpo: {{max_num_steps: 5}}\n{key}\n"))[0] == 2
+
+
+def test_import_of_what_is_only_slower_here_ends_with_0(run, write):
+    slower = "policy: {megatron_cfg: {moe_grouped_gemm: true}}"
+    code, _, errors = run("import", write(f"grpo: {{max_num_steps: 5}}\n{slower}\n"))
+    assert code == 0 and "absent: policy.megatron_cfg.moe_grouped_gemm" in errors
 
 
 def test_import_of_what_does_not_run_as_it_is_writes_it_and_says_so(run, write):
-    theirs = write("sft: {seed: 1}\ndata: {train: {dataset_name: squad}}\n")
+    theirs = write("sft: {seed: 1}\ndata: {train: {dataset_name: some_chats}}\n")
     code, out, errors = run("import", theirs)
-    assert code == 2
-    assert "seed: 1" in out and "one of them must say where rows are" in errors
+    assert code == 2 and "seed: 1" in out
+    assert "data.train.dataset_name = some_chats" in errors and "owner/name" in errors
+    assert "1 problem to decide before it runs." in errors and "nothing was started" not in errors
+
+
+def test_import_of_a_file_that_can_not_be_read_says_where_and_why(run, write, tmp_path):
+    assert "(line 2)" in run("import", write("sft:\n  seed: [1,"))[2]
+    assert run("import", str(tmp_path))[2].endswith(": is a directory\n")
+    code, _, errors = run("import", write("sft: {}"), "--out", str(tmp_path / "no" / "x.yaml"))
+    assert code == 2 and errors.endswith("no/x.yaml: no such file or directory\n")
 
 
 def test_a_file_that_is_not_there_is_an_error_of_one_line(run):
