@@ -86,7 +86,7 @@ class PolicyBackend(Trainable, Protocol):
         """
         ...
 
-    def train_step(self, shard: Shard, loss: Loss) -> StepStats:
+    def train_step(self, shard: Shard, loss: Loss, *, step: int | None = None) -> StepStats:
         """Forward, backward, clip, optimizer and schedule: one whole step."""
         ...
 
@@ -106,8 +106,12 @@ class Policy(Trainable, Protocol):
         """
         ...
 
-    def train_step(self, batch: TrainBatch, loss: Loss) -> StepStats:
-        """One optimizer step on the whole batch."""
+    def train_step(self, batch: TrainBatch, loss: Loss, *, step: int | None = None) -> StepStats:
+        """One optimizer step on the whole batch.
+
+        `step` is the run's step that it belongs to, from 1: all updates of one have its learning
+        rate. None is the one after the last.
+        """
         ...
 
 

@@ -295,11 +295,13 @@ class Shard:
 class StepStats:
     """What one optimizer step did.
 
-    `phases` are seconds of wall time by name; they sum to the step's time.
+    `phases` are seconds of wall time by name; they sum to the step's time. `skipped` says that the
+    weights are as they were, because a loss or a gradient was not finite.
     """
 
     metrics: Metrics
     phases: dict[str, float] = field(default_factory=dict)
+    skipped: bool = False
 
 
 @dataclass(frozen=True)

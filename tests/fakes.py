@@ -17,7 +17,7 @@ class FakePolicy:
     """Its loss halves with every step; it remembers what it was asked."""
 
     def __init__(self):
-        self.batches = []
+        self.batches, self.steps = [], []
         self.logprob = -1.0
 
     def begin(self, total_steps):
@@ -26,9 +26,10 @@ class FakePolicy:
     def logprobs(self, batch, reference=False):
         return torch.where(batch.loss_mask_N, -1.0 if reference else self.logprob, 0.0)
 
-    def train_step(self, batch, loss):
+    def train_step(self, batch, loss, *, step=None):
         share, metrics = loss(self.logprobs(batch), batch)
         self.batches.append(batch)
+        self.steps.append(step)
         self.logprob /= 2
         return StepStats(metrics | {"loss": Metric(float(share), "sum")})
 

@@ -57,7 +57,7 @@ def train(
         with journal.phase("logprobs"):
             batch = prepared(batch, policy, grpo, loss.config, num_updates)
         with journal.phase("train"):
-            stats = update(policy, batch, loss, num_updates)
+            stats = update(policy, batch, loss, step, num_updates)
         shaping = {"shaped_reward": Metric(float(rewards_PG.mean()))}
         stats = told(stats, rollout_metrics(groups), drawn.metrics, shaping)
         check(step, stats)

@@ -51,7 +51,7 @@ def train(
         with journal.phase("logprobs"):
             batch = prepared(batch, policy, grpo, loss.config, num_updates)
         with journal.phase("train"):
-            stats = update(policy, batch, loss, num_updates)
+            stats = update(policy, batch, loss, step, num_updates)
         stats = told(stats, rollout_metrics(groups), drawn.metrics)
         check(step, stats)
         journal.record(step, batch, stats)

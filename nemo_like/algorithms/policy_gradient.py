@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemo_like.config.grpo import GRPOConfig, RewardScalingConfig, RewardShapingConfig
 from nemo_like.config.loss import ClippedPGConfig
+from nemo_like.errors import NoSignalError
 from nemo_like.interfaces import Loss, Policy
 from nemo_like.observability.metrics import reduce
 from nemo_like.ops.advantages import clip_advantages, group_relative, standardize
@@ -100,9 +101,22 @@ def prepared(
     return replace(batch, advantages_N=clip_advantages(advantages_N, low, high))
 
 
-def update(policy: Policy, batch: TrainBatch, loss: Loss, num_updates: int) -> StepStats:
-    """One optimizer step on each of `num_updates` equal parts of the batch, in order."""
-    stats = [policy.train_step(part, loss) for part in batch.split(num_updates)]
+def update(policy: Policy, batch: TrainBatch, loss: Loss, step: int, num_updates: int) -> StepStats:
+    """One optimizer step on each of `num_updates` equal parts of the batch, in order.
+
+    A part without a token that counts is left out.
+
+    Raises:
+        NoSignalError: they are all without.
+    """
+    parts = [part for part in batch.split(num_updates) if part.num_loss_tokens]
+    if not parts:
+        raise NoSignalError(
+            f"step {step}: all {len(batch)} answers were cut off, and grpo.overlong_filtering=true "
+            "leaves such out: raise policy.generation.max_new_tokens, or set "
+            "grpo.overlong_filtering=false"
+        )
+    stats = [policy.train_step(part, loss, step=step) for part in parts]
     phases: dict[str, float] = {}
     for one in stats:
         for name, seconds in one.phases.items():
@@ -111,7 +125,7 @@ def update(policy: Policy, batch: TrainBatch, loss: Loss, num_updates: int) -> S
     for name, metric in metrics.items():
         if metric.reduction == "sum":  # over the ranks of one update; of several it is their mean
             metrics[name] = replace(metric, value=metric.value / len(stats))
-    return StepStats(metrics, phases)
+    return StepStats(metrics, phases, skipped=any(one.skipped for one in stats))
 
 
 def told(stats: StepStats, *more: Metrics) -> StepStats:

@@ -40,7 +40,7 @@ def train(
         with journal.phase("data"):
             batch = TrainBatch.of(examples.take(batch_size))
         with journal.phase("train"):
-            stats = policy.train_step(batch, NLL())
+            stats = policy.train_step(batch, NLL(), step=step)
         journal.record(step, batch, stats)
         if sft.validates_after(step, journal.last_step):
             with journal.phase("validation"):

@@ -141,8 +141,11 @@ class RankBackend(StoredState):
         weights = self._weights().items()
         self._reference = {name: local(weight).to("cpu", copy=True) for name, weight in weights}
 
-    def train_step(self, shard: Shard, loss: Loss) -> StepStats:
-        """Forward, backward, clip, optimizer and schedule: one whole step.
+    def train_step(self, shard: Shard, loss: Loss, *, step: int | None = None) -> StepStats:
+        """Forward, backward, clip, optimizer and schedule: one whole update.
+
+        `step` is the run's step that it belongs to, from 1, by which the schedules go; None is the
+        one after the last.
 
         Raises:
             NoSignalError: the global batch has no token to learn from.
@@ -151,9 +154,10 @@ class RankBackend(StoredState):
             MismatchError: engine and policy disagree on the tokens; weights and state as above.
         """
         assert self._schedule is not None, "begin() comes first"
-        self._refuse_no_signal(shard.batch)
+        step = self.step + 1 if step is None else step
+        self._refuse_no_signal(step, shard.batch)
         phases: dict[str, float] = {}
-        tick = self.step // self.settings.updates_per_step
+        tick = step - 1
         with self._booked(phases, "forward_backward"):
             shares, metrics = self._gradients(shard, loss)
         with self._booked(phases, "optimizer"):
@@ -162,16 +166,16 @@ class RankBackend(StoredState):
             )
             values = torch.stack(shares).tolist() if shares else []
             finite = self._is_finite(values, grad_norm)
-            self.optimizer.watch = finite and self._is_watched()
+            self.optimizer.watch = finite and self._is_watched(step)
             if finite:
-                self._refuse_mismatch(metrics)
+                self._refuse_mismatch(step, metrics)
                 self._schedule.apply(self.optimizer, tick)
                 self.optimizer.step()
                 self._weights_changed()
             else:
-                self._skip_or_raise(values, grad_norm)
+                self._skip_or_raise(step, values, grad_norm)
             self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
+            self.step = step
         with self._booked(phases, "metrics"):
             metrics |= {
                 "loss": Metric(math.fsum(values), "sum"),
@@ -182,23 +186,23 @@ class RankBackend(StoredState):
                 **{name: Metric(value) for name, value in self.optimizer.metrics().items()},
                 **self._memory(),
             }
-        return StepStats(metrics, phases)
+        return StepStats(metrics, phases, skipped=not finite)
 
-    def _refuse_no_signal(self, batch: TrainBatch) -> None:
+    def _refuse_no_signal(self, step: int, batch: TrainBatch) -> None:
         if batch.num_loss_tokens == 0:
             raise NoSignalError(
-                f"step {self.step + 1}: none of the batch's {batch.num_sequences} sequences has a "
+                f"step {step}: none of the batch's {batch.num_sequences} sequences has a "
                 "token that counts in the loss, expected at least one. Look at the loss masks of "
                 "the data (an answer of each row must be left after templates and truncation to "
                 "policy.max_total_sequence_length), or raise policy.train_global_batch_size"
             )
 
-    def _refuse_mismatch(self, metrics: Metrics) -> None:
+    def _refuse_mismatch(self, step: int, metrics: Metrics) -> None:
         limit = self.settings.mismatch_limit
         if limit is None:
             return
         try:
-            refuse_mismatch(self.step + 1, metrics, limit, self.device)
+            refuse_mismatch(step, metrics, limit, self.device)
         except MismatchError:
             self.optimizer.zero_grad(set_to_none=True)
             raise
@@ -247,12 +251,12 @@ class RankBackend(StoredState):
             finite = bool(flag)
         return finite
 
-    def _is_watched(self) -> bool:
+    def _is_watched(self, step: int) -> bool:
         """Whether the optimizer's metrics are wanted of this step; Muon's have an interval."""
         optimizer = self.policy.active_optimizer
-        return not optimizer.is_muon or (self.step + 1) % optimizer.muon_log_every == 0
+        return not optimizer.is_muon or step % optimizer.muon_log_every == 0
 
-    def _skip_or_raise(self, shares: list[float], grad_norm: float) -> None:
+    def _skip_or_raise(self, step: int, shares: list[float], grad_norm: float) -> None:
         """Count the step as skipped, or say where the first bad value arose."""
         if self.skipped_steps < self.settings.skip_budget:
             self.skipped_steps += 1
@@ -264,7 +268,7 @@ class RankBackend(StoredState):
             dist.all_gather_object(gathered, found)
             found = [line for lines in gathered for line in lines]
         raise NonFiniteError(
-            f"step {self.step + 1}: {'; '.join(found[:4])} (gradient norm {grad_norm}). "
+            f"step {step}: {'; '.join(found[:4])} (gradient norm {grad_norm}). "
             f"The weights were not changed. {self.skipped_steps} steps were skipped before; to "
             "leave such steps out, raise skip_non_finite_steps in the block of the algorithm "
             f"(now {self.settings.skip_budget})"

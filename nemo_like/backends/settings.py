@@ -14,11 +14,11 @@ class BackendSettings:
     the run. With `asynchronous_save` a save returns when the state is copied. With
     `convert_optimizer` a checkpoint whose parameters had other optimizers can be loaded. With
     `keep_reference` the weights of the start are kept too, for log-probabilities under them.
-    Log-probabilities are of logits divided by `temperature`, as engines draw tokens. The schedules
-    go on by one in every `updates_per_step` optimizer steps. A collective fails after
-    `collective_timeout_s`: later than the driver, who can say which ranks are missing. A step on
-    tokens whose `token_mult_prob_error` is above `mismatch_limit` in the mean is refused. Without
-    `loads_weights` they are left as they are allocated: for who wants to know what a step needs.
+    Log-probabilities are of logits divided by `temperature`, as engines draw tokens. A collective
+    fails after `collective_timeout_s`: later than the driver, who can say which ranks are missing.
+    A step on tokens whose `token_mult_prob_error` is above `mismatch_limit` in the mean is refused.
+    Without `loads_weights` they are left as they are allocated: for who wants to know what a step
+    needs.
     """
 
     seed: int
@@ -27,7 +27,6 @@ class BackendSettings:
     convert_optimizer: bool = False
     keep_reference: bool = False
     temperature: float = 1.0
-    updates_per_step: int = 1
     collective_timeout_s: float = 1860.0
     mismatch_limit: float | None = None
     loads_weights: bool = True

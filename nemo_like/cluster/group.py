@@ -115,12 +115,15 @@ class WorkerGroup:
             refs = [actor.call.remote(method, *args, **kwargs) for actor in self._actors]
             return self._gather(refs, method)
 
-    def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The values of one call with arguments of their own on every rank."""
+    def call_each(
+        self, method: str, args_of_rank: Sequence[tuple[Any, ...]], **kwargs: Any
+    ) -> list[Any]:
+        """The values of one call with arguments of their own on every rank, and some shared."""
         self.wait_ready()
         pairs = zip(self._actors, args_of_rank, strict=True)
         with self._alone(method):
-            return self._gather([actor.call.remote(method, *args) for actor, args in pairs], method)
+            refs = [actor.call.remote(method, *args, **kwargs) for actor, args in pairs]
+            return self._gather(refs, method)
 
     def put(self, value: Any) -> Any:
         """A reference to a value, so that ranks that share it do not each get a copy."""

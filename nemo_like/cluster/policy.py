@@ -83,7 +83,7 @@ class RemotePolicy:
         logprobs_N: Tensor = unshard(shards, [of_rank[rank] for rank in self._leaders])
         return logprobs_N
 
-    def train_step(self, batch: TrainBatch, loss: Loss) -> StepStats:
+    def train_step(self, batch: TrainBatch, loss: Loss, *, step: int | None = None) -> StepStats:
         """One optimizer step on the whole batch.
 
         Metrics are reduced over the data-parallel ranks, by the reduction they carry; one that is
@@ -94,7 +94,7 @@ class RemotePolicy:
         self._make_room()
         self._num_changes += 1
         shards = shard(batch, self._placement.num_data_parallel, self._train)
-        of_rank: list[StepStats] = self._call_sharded("train_step", shards, loss)
+        of_rank: list[StepStats] = self._call_sharded("train_step", shards, loss, step=step)
         metrics = reduce(of_rank[rank].metrics for rank in self._leaders)
         phases = of_rank[0].phases
         dispatch = time.perf_counter() - started - sum(phases.values())
@@ -148,9 +148,12 @@ class RemotePolicy:
         """Ends the workers; safe to call twice."""
         self._group.close()
 
-    def _call_sharded(self, method: str, shards: Sequence[Shard], *args: Any) -> list[Any]:
+    def _call_sharded(
+        self, method: str, shards: Sequence[Shard], *args: Any, **kwargs: Any
+    ) -> list[Any]:
         self._group.wait_ready()
         refs = [self._group.put(part) for part in shards]
         shared = tuple(self._group.put(arg) for arg in args)
         places = self._placement.ranks
-        return self._group.call_each(method, [(refs[place.data], *shared) for place in places])
+        of_rank = [(refs[place.data], *shared) for place in places]
+        return self._group.call_each(method, of_rank, **kwargs)

@@ -203,7 +203,6 @@ def _machines(tree: GRPOTree, session: Session) -> Any:
         convert_optimizer=tree.checkpointing.optimizer_state == "convert",
         keep_reference=tree.loss_fn.needs_reference,
         temperature=policy.generation.temperature,
-        updates_per_step=tree.updates_per_step,
         collective_timeout_s=tree.cluster.collective_timeout_s,
         # What was drawn ahead differs because the policy has learned since: there a probe judges.
         mismatch_limit=None if tree.grpo.async_grpo.enabled else policy.generation.mismatch.limit,

@@ -31,10 +31,10 @@ class LocalPolicy:
         shards = shard(batch, 1, self._logprob)
         return unshard(shards, [self._backend.logprobs(shards[0], reference)])
 
-    def train_step(self, batch: TrainBatch, loss: Loss) -> StepStats:
+    def train_step(self, batch: TrainBatch, loss: Loss, *, step: int | None = None) -> StepStats:
         """One optimizer step on the whole batch."""
         self._num_changes += 1
-        return self._backend.train_step(shard(batch, 1, self._train)[0], loss)
+        return self._backend.train_step(shard(batch, 1, self._train)[0], loss, step=step)
 
     def begin(self, total_steps: int) -> PolicyFacts:
         """Lay the schedules over this many steps; what there is to know of the policy."""

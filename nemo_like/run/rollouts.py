@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -104,14 +105,15 @@ def agreement_check(bound: MismatchConfig, metric: str, say: Callable[[str], obj
 
     The check raises a MismatchError if they do not, and `mismatch.action` is `stop`; of rollouts
     drawn on time the policy has refused the step itself by then. A step without the metric sent no
-    weights.
+    weights; one that was skipped since it is not finite is no disagreement.
     """
 
     def check(step: int, stats: StepStats) -> None:
         limit = bound.max_token_mult_prob_error
-        if metric not in stats.metrics or stats.metrics[metric].value <= limit:
+        found = stats.metrics[metric].value if metric in stats.metrics else 0.0
+        if found <= limit or (stats.skipped and not math.isfinite(found)):
             return
-        text = disagreement(step, metric, stats.metrics[metric].value, limit)
+        text = disagreement(step, metric, found, limit)
         if bound.action == "stop":
             raise MismatchError(f"{text}. {CURE}")
         say(text)

@@ -90,7 +90,7 @@ class SumBackend:
         assert not reference
         return shard.batch.token_ids_N.float() * 0.5
 
-    def train_step(self, shard, loss):
+    def train_step(self, shard, loss, *, step):
         metrics = {
             "loss": Metric(loss * float(shard.batch.token_ids_N.sum()), "sum"),
             "rows": Metric(len(shard.batch), "mean"),

@@ -110,6 +110,16 @@ def test_truncated_answers_are_left_out_where_they_are_filtered(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_an_update_of_truncated_answers_alone_is_left_out_and_a_step_of_them_is_an_error(page):
+    filtered = {"overlong_filtering": True, "use_leave_one_out_baseline": False}
+    run = Run(page, longest=3, updates=4, **filtered)
+    assert [batch.num_loss_tokens for batch in run.policy.batches] == [3, 3] * 2
+    assert run.policy.steps == [1, 1, 2, 2]
+    with pytest.raises(NoSignalError, match=r"step 1: all 8 answers were cut off.*max_new_tokens"):
+        Run(page, longest=1, updates=4, **filtered)
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_rewards_are_scaled_before_they_are_compared(page):
     scaling = {"enabled": True, "source_max": 1.0, "target_min": -1.0, "target_max": 1.0}
     plain, scaled = ({"normalize_rewards": False}, {"reward_scaling": scaling})

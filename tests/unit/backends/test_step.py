@@ -143,18 +143,24 @@ def test_steps_within_the_budget_are_skipped_counted_and_change_nothing(make_bac
     before = everything(backend)
     for skipped in (1, 2):
         stats = backend.train_step(one_shard(batch_of(0)), BadLoss(0, float("nan")))
-        assert stats.metrics["skipped_steps"].value == skipped
+        assert stats.metrics["skipped_steps"].value == skipped and stats.skipped
         assert_untouched(backend, before, steps_later=skipped)
     with pytest.raises(NonFiniteError, match="2 steps were skipped before"):
         backend.train_step(one_shard(batch_of(0)), BadLoss(0, float("nan")))
 
 
-def test_the_schedule_goes_on_once_in_so_many_updates(make_backend, batch_of):
-    backend = make_backend(steps=4, updates_per_step=2, scheduler={"lr_decay_style": "linear"})
-    rates = [
-        backend.train_step(one_shard(batch_of(0)), NLL()).metrics["lr"].value for _ in range(6)
-    ]
-    assert rates == pytest.approx([0.01, 0.01, 0.0075, 0.0075, 0.005, 0.005])
+def test_all_updates_of_a_step_have_its_learning_rate_however_many_there_are(
+    make_backend, batch_of
+):
+    backend = make_backend(steps=4, scheduler={"lr_decay_style": "linear"})
+
+    def rate(step):
+        stats = backend.train_step(one_shard(batch_of(0)), NLL(), step=step)
+        return stats.metrics["lr"].value
+
+    rates = [rate(step) for step in (1, 1, 2, 3, 3, 3)]
+    assert rates == pytest.approx([0.01, 0.01, 0.0075, 0.005, 0.005, 0.005])
+    assert rate(None) == pytest.approx(0.0025)
 
 
 def test_a_skipped_step_uses_up_its_place_in_the_schedule(make_backend, batch_of):

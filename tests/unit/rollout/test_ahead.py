@@ -127,10 +127,10 @@ def test_a_step_trains_while_the_rollouts_of_the_next_are_drawn():
     has_begun, has_trained = threading.Event(), threading.Event()
 
     class Policy(FakePolicy):
-        def train_step(self, batch, loss):
+        def train_step(self, batch, loss, *, step=None):
             assert has_begun.wait(IN_TIME_S)
             has_trained.set()
-            return super().train_step(batch, loss)
+            return super().train_step(batch, loss, step=step)
 
     def second_waits():
         if len(run.generator.seeds) == 2:  # after the probe and the first step's
