@@ -95,7 +95,9 @@ class RolloutsAhead:
             has_failed = has_failed or job.result.exception() is not None
             groups = None if has_failed else tuple(job.result.result().groups)
             found.append(DrawnAhead(job.step, job.weights_step, job.prompts, groups))
-        return found
+        # Prompts of a failed drawing that this run took over, and has not come to yet.
+        chosen = sorted(self._chosen.items())
+        return found + [DrawnAhead(step, step - 1, prompts, None) for step, prompts in chosen]
 
     def restore(self, pending: Sequence[DrawnAhead]) -> None:
         """Go on with what `pending` gave; what was not drawn then is drawn by the weights of now.

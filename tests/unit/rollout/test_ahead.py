@@ -191,6 +191,25 @@ def test_an_error_in_the_background_is_raised_by_the_step_that_needs_its_rollout
     assert mended.tokens == Run(age=2, reward=reward).train().tokens
 
 
+def test_prompts_of_a_failed_drawing_are_kept_until_their_step_comes(tmp_path):
+    def reward(prompt, sample):
+        return float("nan") if prompt == 6 and is_broken else 1.0
+
+    is_broken = True
+    run = Run(age=3, reward=reward).train(stop_after=1)  # 2 and 3 were drawn, 4 failed
+    is_broken = False
+    for step in (2, 3):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        stored.write(folder, run.rollouts.pending())
+        taken, done = run.prompts.taken, run.policy
+        run = Run(age=3, reward=reward, policy=done)
+        run.prompts.taken = taken
+        run.rollouts.restore(stored.read(folder))
+        run.train(first=step, stop_after=step if step == 2 else None)
+    assert run.tokens == Run(age=3, reward=reward).train().tokens
+
+
 def test_rollouts_that_would_be_too_old_are_refused_by_the_key_to_set():
     pending = Run(age=3).train(stop_after=1).rollouts.pending()
     assert [one.step for one in pending] == [2, 3, 4]
