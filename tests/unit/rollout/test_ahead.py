@@ -196,7 +196,8 @@ def test_prompts_of_a_failed_drawing_are_kept_until_their_step_comes(tmp_path):
         return float("nan") if prompt == 6 and is_broken else 1.0
 
     is_broken = True
-    run = Run(age=3, reward=reward).train(stop_after=1)  # 2 and 3 were drawn, 4 failed
+    run = Run(age=3, reward=reward).train(stop_after=1)
+    run.rollouts.settle()  # 2 and 3 are drawn, 4 has failed
     is_broken = False
     for step in (2, 3):
         folder = tmp_path / str(step)
