@@ -14,6 +14,7 @@ rows is its own affair, so no loss can depend on it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -304,14 +305,16 @@ class StepStats:
     skipped: bool = False
 
 
+_EMBEDDING = "model.embed_tokens.weight"
+
+
 @dataclass(frozen=True)
 class PolicyFacts:
     """What a policy tells about itself, the same on every rank.
 
     `model` is the content of the model's config.json. `owners` has one record per trainable
     parameter: name, shape, optimizer, reason. `outlook` says what to expect of the optimizer, in
-    words by title. `num_parameters` counts tied parameters once;
-    `num_looked_up_parameters` are those of them in an input embedding that is no output head too.
+    words by title. `num_parameters` counts tied parameters once.
     """
 
     model: dict[str, Any]
@@ -320,10 +323,20 @@ class PolicyFacts:
     device: str
     threads: int
     world_size: int
-    num_looked_up_parameters: int = 0
     outlook: dict[str, str] = field(default_factory=dict)
 
     @property
-    def num_multiplied_parameters(self) -> int:
-        """The parameters that every token is multiplied with: what its FLOPs come from."""
-        return self.num_parameters - self.num_looked_up_parameters
+    def num_multiplied_parameters(self) -> float:
+        """The parameters that a token is multiplied with: what its FLOPs come from.
+
+        An input embedding that is no output head too is only looked up, and of the experts of a
+        layer a token has but some.
+        """
+        of_experts = self.model.get("num_experts_per_tok", 1) / self.model.get("num_experts", 1)
+        total = 0.0
+        for owner in self.owners:
+            if owner["name"] == _EMBEDDING and not self.model.get("tie_word_embeddings"):
+                continue
+            share = of_experts if ".experts." in owner["name"] else 1.0
+            total += share * math.prod(owner["shape"])
+        return total

@@ -106,10 +106,6 @@ class RankBackend(StoredState):
     def _model_config(self) -> dict[str, Any]:
         """The content of the model's config.json."""
 
-    @abstractmethod
-    def _num_looked_up_parameters(self) -> int:
-        """See `PolicyFacts`."""
-
     @torch.no_grad()
     def logprobs(self, shard: Shard, reference: bool = False) -> Tensor:
         """Log-probabilities (nats, fp32) aligned with the shard's tokens; 0 without a target."""
@@ -301,7 +297,6 @@ class RankBackend(StoredState):
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
             world_size=self._world_size,
-            num_looked_up_parameters=self._num_looked_up_parameters(),
             outlook=outlook(
                 self.policy.active_optimizer,
                 self.routing,

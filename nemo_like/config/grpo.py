@@ -274,6 +274,11 @@ class GRPOTree(RunTree):
         if not shaping.enabled or shaping.stop_properly_penalty_coef is not None:
             return
         key = "grpo.reward_shaping.max_response_length"
+        if shaping.max_response_length is None and self.policy.generation.max_new_tokens is None:
+            yield Conflict(
+                (key, "policy.generation.max_new_tokens"),
+                "where a response ends depends on its prompt, and some would never cost: set one",
+            )
         limit = shaping.max_response_length or longest
         if limit > longest:
             yield Conflict(

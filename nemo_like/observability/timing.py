@@ -52,7 +52,7 @@ def _is_product(part: str, device_name: str) -> bool:
 
 
 def flops_per_token(
-    num_parameters: int, *, num_layers: int, attention_width: int, sequence_length: float
+    num_parameters: float, *, num_layers: int, attention_width: int, sequence_length: float
 ) -> float:
     """Model FLOPs to train on one token, forward and backward, nothing recomputed.
 

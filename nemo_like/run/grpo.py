@@ -265,18 +265,18 @@ def _held_out(sources: Sequence[PromptSource], limit: int) -> list[Prompt]:
 
 
 def num_steps(tree: GRPOTree, loader: Loader[Prompt]) -> int:
-    """The steps of the run: the smaller of epochs and steps.
+    """The steps of the run: the smaller of epochs and steps, were each step to draw one batch.
 
     Raises:
         DataError: all epochs together are less than one step.
     """
     grpo_config = tree.grpo
-    in_epochs = grpo_config.max_num_epochs * loader.epoch_size // grpo_config.num_prompts_per_step
+    per_step = round(grpo_config.num_prompts_per_step * grpo_config.batch_multiplier)
+    in_epochs = grpo_config.max_num_epochs * loader.epoch_size // per_step
     if in_epochs == 0:
         raise DataError(
             f"{loader.epoch_size} prompts in grpo.max_num_epochs={grpo_config.max_num_epochs} "
-            f"epochs are less than one step of grpo.num_prompts_per_step="
-            f"{grpo_config.num_prompts_per_step}; lower it"
+            f"epochs are less than the {per_step} of one step: lower grpo.num_prompts_per_step"
         )
     return min(grpo_config.max_num_steps, in_epochs)
 

@@ -116,10 +116,6 @@ class DTensorBackend(RankBackend):
         assert not gathered, f"FSDP2 still holds {', '.join(gathered[:3])} for a computation"
         return named
 
-    def _num_looked_up_parameters(self) -> int:
-        hf = self.model.hf
-        return 0 if hf.config.tie_word_embeddings else hf.get_input_embeddings().weight.numel()
-
     def _model_config(self) -> dict[str, Any]:
         return config_content(self.model.hf.config)
 

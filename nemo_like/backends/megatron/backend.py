@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_like.backends.base import LossOf, Part, RankBackend
 from nemo_like.backends.collectives import join_process_group
 from nemo_like.backends.hf_models import FirstModel, config_content
-from nemo_like.backends.megatron.convert import EMBEDDING, WeightTable
+from nemo_like.backends.megatron.convert import WeightTable
 from nemo_like.backends.megatron.masters import Masters
 from nemo_like.backends.megatron.model import build_model
 from nemo_like.backends.megatron.parallel import initialize
@@ -156,10 +156,6 @@ class MegatronBackend(RankBackend):
         found = {name: owner for owners in of_rank for name, owner in owners.items()}
         shapes = self.table.hf_shapes
         return [{"name": n, "shape": list(shapes[n])} | found[n] for n in shapes if n in found]
-
-    def _num_looked_up_parameters(self) -> int:
-        rows, columns = self.table.hf_shapes[EMBEDDING]
-        return 0 if self.table.tied else rows * columns
 
     def _model_config(self) -> dict[str, Any]:
         return config_content(self.hf_config)

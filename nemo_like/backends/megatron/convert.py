@@ -45,6 +45,11 @@ class Entry:
     is_expert: bool
     rows: tuple[Rows, ...]
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether it is a matrix of which every tensor-parallel rank has a block of its own."""
+        return len(self.shape) == 2 and self.tp_dim is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

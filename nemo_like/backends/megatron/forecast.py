@@ -143,7 +143,7 @@ class Forecast:
 
     def _blocks(self, name: str) -> range:
         """The tensor-parallel ranks that have a matrix of their own, as Muon sees it."""
-        is_cut = self._blockwise and len(self.table.entries[name].shape) == 2
+        is_cut = self._blockwise and self.table.entries[name].has_blocks
         return range(self._place(name).ranks.shape[1] if is_cut else 1)
 
     def layout(self, name: str, tp_rank: int = 0, *, whole: bool = False) -> Layout:

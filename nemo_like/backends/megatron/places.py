@@ -87,7 +87,7 @@ class Place:
 
     def optimized(self, tp_rank: int, *, blockwise: bool) -> Layout:
         """The layout that the optimizer of a tensor-parallel rank works on."""
-        if blockwise and len(self.entry.shape) == 2:
+        if blockwise and self.entry.has_blocks:
             return self.layout_of_block(tp_rank)
         return self.layout()
 

@@ -162,6 +162,10 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (f"{SHAPE}.enabled=true", f"{SHAPE}.max_response_length=65"),
         (f"{SHAPE}.max_response_length", f"{GEN}.max_new_tokens"),
     ),
+    "penalty where nobody knows": (
+        (f"{SHAPE}.enabled=true", f"{GEN}.max_new_tokens=null"),
+        (f"{SHAPE}.max_response_length", f"{GEN}.max_new_tokens"),
+    ),
     "penalty before the beginning": (
         (f"{SHAPE}.enabled=true", f"{SHAPE}.overlong_buffer_length=65"),
         (f"{SHAPE}.overlong_buffer_length", f"{SHAPE}.max_response_length"),

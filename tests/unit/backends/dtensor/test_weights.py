@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,6 +198,15 @@ def test_facts_count_tied_weights_once_and_name_every_owner(make_backend):
     assert tied.num_multiplied_parameters == tied.num_parameters
     embedding = dict(make_backend("llama").export_weights())["model.embed_tokens.weight"]
     assert untied.num_multiplied_parameters == untied.num_parameters - embedding.numel()
+    chosen = {"num_experts": 8, "num_experts_per_tok": 2}
+    owners = [
+        {"name": f"model.layers.0.mlp.experts.{i}.up_proj.weight", "shape": [3, 5]}
+        for i in range(8)
+    ]
+    mixture = replace(
+        tied, model=chosen, owners=[*owners, {"name": "lm_head.weight", "shape": [7]}]
+    )
+    assert mixture.num_multiplied_parameters == 2 * 15 + 7
     assert (tied.world_size, tied.threads, tied.model["model_type"]) == (1, 1, "qwen3")
 
 

@@ -75,6 +75,15 @@ def test_under_blockwise_each_rank_has_a_matrix_of_its_own():
     assert all(len(plan.matrices) == 4 * 4 for plan in found.plans)
 
 
+def test_under_blockwise_what_all_tensor_parallel_ranks_have_is_counted_once():
+    config = transformers.Qwen3MoeConfig(**SHAPE | MOE)
+    found = forecast(
+        config, 2, **{TP: 2, "sequence_parallel": True}, **muon(muon_tp_mode="blockwise")
+    )
+    (router,) = found.layout("decoder.layers.0.mlp.router.weight", tp_rank=1).blocks
+    assert router.holders == (0, 1)
+
+
 def test_a_frozen_router_has_no_owner():
     config = transformers.Qwen3MoeConfig(**SHAPE | MOE)
     rows = forecast(config, freeze_moe_router=True).routing.rows
