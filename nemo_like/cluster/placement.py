@@ -192,7 +192,9 @@ def shared_seat(seats: Sequence[Seat], number: int, per_engine: int) -> Seat:
 
 def gpus_per_node(cluster: ClusterConfig, gpus_found: int) -> int:
     """The GPUs that each machine of the run uses; 0 is a run on CPUs."""
-    return gpus_found if cluster.gpus_per_node == "auto" else cluster.gpus_per_node
+    if cluster.gpus_per_node != "auto":
+        return cluster.gpus_per_node
+    return min(gpus_found, 1) if cluster.launcher == "local" else gpus_found
 
 
 def count_local_gpus(device_folder: Path = Path("/dev")) -> int:

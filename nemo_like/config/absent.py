@@ -111,7 +111,7 @@ ABSENT: dict[str, str] = {
     f"{_VLLM}.refit_prequantize": _FP8,
     f"{_VLLM}.quantization_ignored_layer_kws": _FP8,
     f"{_VLLM}.enable_expert_parallel": "experts are shared by tensor_parallel_size",
-    f"{_VLLM}.enable_prefix_caching": "the cache would outlive its weights",
+    f"{_VLLM}.enable_prefix_caching": "prefixes are cached until weights change",
     f"{_VLLM}.env_vars": "set them in the shell: engines inherit them",
     f"{_VLLM}.frozen_engram_checkpoint": "all weights of an engine come from the policy",
     f"{_VLLM}.expose_http_server": _IN_PROCESS,
@@ -137,9 +137,13 @@ AS_IT_IS: dict[str, Any] = {
     f"{_VLLM}.expert_parallel_size": 1,
     f"{_VLLM}.kv_cache_dtype": "auto",
     f"{_VLLM}.logprobs_mode": "processed_logprobs",
+    f"{_VLLM}.enable_prefix_caching": True,
     "env.math.verifier_type": "math",
 }
 """Values of `ABSENT` keys that ask for what happens anyway, besides those that say "off"."""
+
+FALSE_IS_A_CHOICE = (f"{_VLLM}.enable_thinking", f"{_VLLM}.enable_prefix_caching")
+"""Keys of `ABSENT` whose `false` changes what happens: of these only null says nothing."""
 
 IGNORED: dict[str, str] = {
     "checkpointing.save_consolidated": "model_save_format always writes whole weights",
@@ -189,7 +193,7 @@ IGNORED: dict[str, str] = {
     f"{_VLLM}.refit_with_reload_api": "engines take weights in one way",
     f"{_VLLM}.sleep_level": "engines that share GPUs keep nothing there while they sleep",
     "env.dapo": "answers are judged by env.math, with math_verify_impl=dapo_math_verify",
-    "logger.num_train_samples_to_print": "all answers are in samples.jsonl",
+    "logger.num_train_samples_to_print": "the answers of validations are in samples.jsonl",
     f"{_VLLM}.use_tqdm": "the run has a progress bar of its own",
     f"{_VLLM}.enable_vllm_metrics_logger": "what engines do is among the metrics",
     f"{_VLLM}.vllm_metrics_logger_interval": "what engines do is among the metrics",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_like.config.absent import ABSENT, AS_IT_IS, IGNORED, WITHOUT_VALUE
+from nemo_like.config.absent import ABSENT, AS_IT_IS, FALSE_IS_A_CHOICE, IGNORED, WITHOUT_VALUE
 from nemo_like.config.draft import Draft, walk
 from nemo_like.config.optimizer import NO_WARM_UP
 from nemo_like.config.torch_optimizers import translate_optimizer, translate_scheduler
@@ -165,7 +165,8 @@ def places(draft: Draft, path: str) -> list[str]:
 
 def _drop(draft: Draft, place: str, path: str, reason: str) -> None:
     value = draft.find(place)[1]
-    if _is_off(value) or value == AS_IT_IS.get(path):
+    is_off = value is None if path in FALSE_IS_A_CHOICE else _is_off(value)
+    if is_off or value == AS_IT_IS.get(path):
         draft.take(place)
     else:
         draft.refuse(place, f"absent on purpose: {reason}")

@@ -53,7 +53,7 @@ class MismatchConfig(Node):
     max_token_mult_prob_error: Annotated[float, Field(gt=1)] = 1.1
     """Mean over a step's tokens of exp |log-probability of the engine - of the policy|."""
     action: Literal["stop", "warn"] = "stop"
-    """What happens above it; `stop` is before the weights change."""
+    """What happens above it; `stop` is before the weights change, drawn ahead it is after."""
 
     @property
     def limit(self) -> float | None:

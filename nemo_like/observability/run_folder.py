@@ -85,7 +85,7 @@ class RunFolder:
 
     @property
     def samples(self) -> Path:
-        """The file of all answers."""
+        """The file of all answers of validations."""
         return self.path / "samples.jsonl"
 
     @property

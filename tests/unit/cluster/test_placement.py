@@ -9,6 +9,7 @@ from nemo_like.cluster.placement import (
     Seat,
     check_fits,
     count_local_gpus,
+    gpus_per_node,
     num_engines,
     place,
     place_single,
@@ -181,3 +182,8 @@ def test_an_engine_asks_for_all_its_gpus_or_for_none_that_others_own():
     beside = place_single(uses_gpu=True, gpus=0)
     assert beside.bundles == [{"CPU": 1.0}]
     assert "CUDA_VISIBLE_DEVICES" not in worker_env(beside, {})
+
+
+@pytest.mark.parametrize(("found", "used"), [(0, 0), (1, 1), (8, 1)])
+def test_one_process_without_ray_uses_one_gpu_at_most(found, used):
+    assert gpus_per_node(ClusterConfig(launcher="local"), found) == used

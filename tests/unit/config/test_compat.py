@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from nemo_like.config.absent import ABSENT, IGNORED
+from nemo_like.config.absent import ABSENT, FALSE_IS_A_CHOICE, IGNORED
 from nemo_like.config.compat import MOVED
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.schema import known_paths
@@ -111,9 +111,16 @@ def test_a_whole_config_of_theirs_is_understood(sft, write):
 
 @pytest.mark.parametrize("path", ABSENT)
 def test_a_feature_that_is_absent_may_be_off_and_is_refused_when_on(grpo, grpo_refused, path):
-    assert grpo(f"{path}=false").notes == ()
+    if path not in FALSE_IS_A_CHOICE:
+        assert grpo(f"{path}=false").notes == ()
+    assert grpo(f"{path}=null").notes == ()
     report = grpo_refused(f"{path}={{enabled: true}}")
     assert "absent on purpose" in report and ABSENT[path] in report and f"  {path}" in report
+
+
+@pytest.mark.parametrize("path", FALSE_IS_A_CHOICE)
+def test_a_false_that_changes_what_happens_is_refused_like_a_feature(grpo_refused, path):
+    assert ABSENT[path] in grpo_refused(f"{path}=false")
 
 
 @pytest.mark.parametrize("path", IGNORED)

