@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_like.backends.hf_models import hub_shapes
 from nemo_like.errors import ConfigError
 from nemo_like.optim.layout import Shape
 from nemo_like.optim.views import AttentionShape, attention_shape
@@ -71,7 +72,7 @@ class WeightTable:
     def __init__(self, hf_config: Any, *, tp_size: int = 1, expert_tp_size: int = 1) -> None:
         _refuse_biases(hf_config)
         self.tied = bool(hf_config.tie_word_embeddings)
-        self.hf_shapes = hf_shapes(hf_config)
+        self.hf_shapes = hub_shapes(hf_config)
         self._tp_sizes = {False: tp_size, True: expert_tp_size}
         self.entries = dict(self._entries(hf_config))
         for name, entry in self.entries.items():
@@ -191,52 +192,6 @@ class WeightTable:
 def padded_vocab_size(vocab_size: int, *, tp_size: int) -> int:
     """Rows of the embedding and the head: as many as there are tokens, and even over the ranks."""
     return math.ceil(vocab_size / tp_size) * tp_size
-
-
-def hf_shapes(hf_config: Any) -> dict[str, Shape]:
-    """The shape of every tensor of a checkpoint on the hub, in the order of the model's parts."""
-    hidden, vocab = hf_config.hidden_size, hf_config.vocab_size
-    shapes: dict[str, Shape] = {EMBEDDING: (vocab, hidden)}
-    for layer in range(hf_config.num_hidden_layers):
-        own = {**_attention_shapes(hf_config), **_mlp_shapes(hf_config, layer)}
-        own["input_layernorm.weight"] = own["post_attention_layernorm.weight"] = (hidden,)
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in own.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not hf_config.tie_word_embeddings:
-        shapes[HEAD] = (vocab, hidden)
-    return shapes
-
-
-def _attention_shapes(hf_config: Any) -> dict[str, Shape]:
-    heads, hidden = attention_shape(hf_config), hf_config.hidden_size
-    queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
-    shapes: dict[str, Shape] = {}
-    for part, rows in (("q", queries), ("k", keys), ("v", keys)):
-        shapes[f"self_attn.{part}_proj.weight"] = (rows, hidden)
-        if hf_config.model_type == "qwen2":
-            shapes[f"self_attn.{part}_proj.bias"] = (rows,)
-    shapes["self_attn.o_proj.weight"] = (hidden, queries)
-    if hf_config.model_type in ("qwen3", "qwen3_moe"):
-        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (heads.head_dim,)
-    return shapes
-
-
-def _mlp_shapes(hf_config: Any, layer: int) -> dict[str, Shape]:
-    hidden = hf_config.hidden_size
-
-    def gated(prefix: str, inner: int) -> dict[str, Shape]:
-        return {
-            f"{prefix}gate_proj.weight": (inner, hidden),
-            f"{prefix}up_proj.weight": (inner, hidden),
-            f"{prefix}down_proj.weight": (hidden, inner),
-        }
-
-    if not has_experts(hf_config, layer):
-        return gated("mlp.", hf_config.intermediate_size)
-    shapes: dict[str, Shape] = {"mlp.gate.weight": (hf_config.num_experts, hidden)}
-    for expert in range(hf_config.num_experts):
-        shapes |= gated(f"mlp.experts.{expert}.", hf_config.moe_intermediate_size)
-    return shapes
 
 
 def has_experts(hf_config: Any, layer: int) -> bool:
