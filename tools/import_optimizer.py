@@ -6,7 +6,7 @@ A run starts from it with `checkpointing.start_from=OUT/step_0`, on any layout:
         --state muon.pt adamw.pt --names muon.txt adamw.txt
 
 A state is what `torch.save(optimizer.state_dict(), file)` wrote. Which optimizers are understood
-stands in `nemo_like/optim/foreign.py`. `--names` has one file of parameter names, a line for each,
+stands in `tools/foreign.py`. `--names` has one file of parameter names, a line for each,
 per state; it is left out where the optimizer was made of `named_parameters()`. The program that
 saved the state can write it:
 
@@ -39,8 +39,8 @@ from nemo_like.checkpoint.store import StateWriter
 from nemo_like.config.run import CheckpointingConfig
 from nemo_like.errors import CheckpointError, ConfigError
 from nemo_like.ops.experts import apart
-from nemo_like.optim.foreign import read_foreign
 from tools.command_line import Parser, run
+from tools.foreign import read_foreign
 
 
 def main(argv: Sequence[str]) -> int:

@@ -138,7 +138,8 @@ def test_every_message_is_in_troubleshooting():
 def test_troubleshooting_quotes_messages_that_there_are():
     said = [m.text for m in messages()]
     # Some are put together from parts: then the part is somewhere in the source.
-    texts = [re.sub(r'"\s+f?"', "", p.read_text()) for p in (ROOT / "nemo_like").rglob("*.py")]
+    sources = [p for folder in ("nemo_like", "tools") for p in (ROOT / folder).rglob("*.py")]
+    texts = [re.sub(r'"\s+f?"', "", p.read_text()) for p in sources]
     gone = [q for q, p in troubles().items() if not any(p.search(text) for text in said + texts)]
     vague = [q for q in troubles() if sum(c.isalpha() for c in q) < 7]
     assert (gone, vague) == ([], [])

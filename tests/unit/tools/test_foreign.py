@@ -12,7 +12,7 @@ from torch import nn
 from nemo_like.config.optimizer import OptimizerConfig
 from nemo_like.errors import CheckpointError
 from nemo_like.optim.build import build_optimizer
-from nemo_like.optim.foreign import read_foreign
+from tools.foreign import read_foreign
 
 FP64 = torch.float64
 MATRICES = {"a.weight": (12, 20), "b.weight": (20, 12)}
