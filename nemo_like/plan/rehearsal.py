@@ -89,7 +89,7 @@ class Rehearsed:
 
     def towards(self, other: Rehearsed, factor: float) -> Rehearsed:
         """What is `factor` times as far from this one as `other`: all of it is linear."""
-        parts = self.peaks.keys() & other.peaks.keys()
+        parts = [part for part in self.peaks if part in other.peaks]
         return Rehearsed(
             {part: _towards(self.peaks[part], other.peaks[part], factor) for part in parts},
             _towards(self.after_forward, other.after_forward, factor),
@@ -99,7 +99,7 @@ class Rehearsed:
 
 
 def _towards(one: Mapping[K, float], other: Mapping[K, float], factor: float) -> dict[K, float]:
-    keys = one.keys() | other.keys()
+    keys = {**one, **other}  # in one order in every process, as tables show them
     return {k: (a := one.get(k, 0)) + factor * (other.get(k, 0) - a) for k in keys}
 
 
