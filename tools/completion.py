@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 
 from nemo_like.config.command_line import OPTIONS
 from nemo_like.config.compose import CONFIGS
-from nemo_like.config.migrate import TREES
 from nemo_like.config.schema import Key, known_paths
 from tools.command_line import Parser, run
+from tools.migrate import TREES
 
 # Reads lines of key, values, and the algorithm if only one has it. A word without `=` is completed
 # up to the next dot; `+`, `++` and `~` may stand before it.

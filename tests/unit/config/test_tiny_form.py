@@ -9,9 +9,9 @@ import pytest
 from nemo_like.config.command_line import parse
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.layers import as_yaml
-from nemo_like.config.migrate import migrate
 from nemo_like.config.tree import RunTree
 from nemo_like.plan.dry_run import dry_run_grpo, dry_run_sft
+from tools.migrate import migrate
 
 THEIRS = Path(__file__).with_name("theirs")
 MEGATRON = "policy: {dtensor_cfg: {enabled: false}, megatron_cfg: {enabled: true}}"

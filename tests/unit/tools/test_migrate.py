@@ -11,9 +11,9 @@ from nemo_like.config.command_line import parse
 from nemo_like.config.draft import find
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.layers import as_yaml
-from nemo_like.config.migrate import LEFT_OUT, Migration, account, migrate
 from nemo_like.config.sft import SFTTree
 from nemo_like.errors import ConfigError
+from tools.migrate import LEFT_OUT, Migration, account, migrate
 
 BASE = """
 grpo:
@@ -93,10 +93,12 @@ def lost(done: Migration) -> str:
     return "\n".join(account(f for f in done.fates if f.kind in ("absent", "unknown")))
 
 
-def test_a_recipe_of_theirs_runs_here_and_loses_nothing(theirs, write, monkeypatch):
+def test_a_recipe_of_theirs_runs_here_and_loses_nothing(theirs, tmp_path, monkeypatch):
     done = theirs("grpo: {num_prompts_per_step: 64}\ncluster: {gpus_per_node: 8}\n")
     assert (done.tree, done.conflicts, lost(done)) == (GRPOTree, (), "")
-    argv = ["--config", write(as_yaml(done.values))]
+    ours = tmp_path / "ours.yaml"
+    ours.write_text(as_yaml(done.values))
+    argv = ["--config", str(ours)]
     tree = parse(argv, tree=GRPOTree, default_config=Path("unused")).tree
     assert (tree.grpo.num_prompts_per_step, tree.cluster.gpus_per_node) == (64, 8)
     assert tree.policy.scheduler.lr_warmup_iters == 50

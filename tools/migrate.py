@@ -13,13 +13,14 @@ from nemo_like.config.absent import ABSENT, IGNORED
 from nemo_like.config.data import BUNDLED
 from nemo_like.config.draft import DEFAULT, Draft, Origin, Problem, find, leaves, show, split
 from nemo_like.config.grpo import GRPOTree
-from nemo_like.config.layers import Files, Interpolation, read_inherited
+from nemo_like.config.layers import Files, Interpolation
 from nemo_like.config.megatron import NOT_HERE
 from nemo_like.config.schema import Key, defaults, is_known, known_paths
 from nemo_like.config.sft import SFTTree
 from nemo_like.config.tree import RunTree
 from nemo_like.config.validate import field_problems, validate
 from nemo_like.errors import ConfigError
+from tools.yaml_files import read_inherited
 
 _MEGATRON = "policy.megatron_cfg"
 TREES: dict[str, type[RunTree]] = {"sft": SFTTree, "grpo": GRPOTree}
