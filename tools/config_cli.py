@@ -86,7 +86,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _tree(options: argparse.Namespace, name: str, overrides: Sequence[str]) -> RunTree:
-    argv = ["--config", name, *overrides]
+    argv = ["--config", name, "--print-config", *overrides]
     return parse(argv, tree=_kind(options, _read(name)), default_config=Path(name)).tree
 
 

@@ -55,9 +55,11 @@ COMPATIBILITY = """
 ## Configs written for NeMo-RL
 
 They have the same keys. `policy.optimizer: {name: torch.optim.AdamW, kwargs: {...}}`, lists of
-torch schedulers, `_override_: true` in a section and short names of data sets are understood; only
-`defaults:` must be a list. These keys are absent on purpose: saying "off" (false, 0, null, none, or
-`enabled: false`) is allowed, anything else is refused with the reason.
+torch schedulers, `_override_: true` in a section and short names of data sets are understood. Files
+that they inherit from by a path (`defaults: ../base.yaml`) are not: `tools/config_cli.py import`
+makes one file of them ([Coming from NeMo-RL](migrating.md#nemo-rl)). These keys are absent on
+purpose: saying "off" (false, 0, null, none, or `enabled: false`) is allowed, anything else is
+refused with the reason.
 
 | key | why |
 |---|---|

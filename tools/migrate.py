@@ -118,7 +118,7 @@ def migrate(file: Path) -> Migration:
     ignored = _leave_out(draft)
     added = tuple(_said_outright(draft))
     unknown = _refuse_fields(draft, tree, schema)
-    conflicts = validate(draft, tree, schema.known)[1][len(draft.problems) :]
+    conflicts = validate(draft, tree, schema.known, to_run=False)[1][len(draft.problems) :]
     conflicts += _unknown_data_sets(draft)
     theirs = Draft(written, draft.defaults, origins)
     judge = _Judge(draft, theirs, schema.known, unknown, ignored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
@@ -15,10 +15,12 @@ class Conflict:
 
     keys: tuple[str, ...]
     message: str
+    only_to_run: bool = False
+    """It ends a run before it begins, and is a note where something is only planned."""
 
     def below(self, prefix: str) -> Conflict:
         """The same conflict, seen from the parent that holds the node as `prefix`."""
-        return Conflict(tuple(f"{prefix}.{key}" for key in self.keys), self.message)
+        return replace(self, keys=tuple(f"{prefix}.{key}" for key in self.keys))
 
 
 class Node(BaseModel):

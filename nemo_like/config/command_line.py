@@ -102,7 +102,7 @@ def parse(argv: Sequence[str], *, tree: type[Tree], default_config: Path) -> Inv
     problems += bad
     if path is None:
         raise ConfigError(report(problems))
-    trees, notes = _trees(path, combinations, tree, problems)
+    trees, notes = _trees(path, combinations, tree, problems, to_run=mode == "run")
     return Invocation(
         tree=trees[0],
         mode=mode,
@@ -121,7 +121,12 @@ def to_yaml(tree: Tree) -> str:
 
 
 def _trees(
-    path: Path, combinations: list[compose.Overrides], tree: type[Tree], problems: list[Problem]
+    path: Path,
+    combinations: list[compose.Overrides],
+    tree: type[Tree],
+    problems: list[Problem],
+    *,
+    to_run: bool,
 ) -> tuple[list[Tree], list[str]]:
     """The tree of every combination, and notes."""
     schema = compose.Schema(known_paths(tree), defaults(tree))
@@ -134,7 +139,7 @@ def _trees(
         draft = compose.apply(files[overrides.groups], overrides.values, schema)
         compat.translate(draft)
         draft.problems[:0] = problems
-        node, found = validate(draft, tree, schema.known)
+        node, found = validate(draft, tree, schema.known, to_run=to_run)
         _, folder, origin = draft.seen(CHECKPOINT_DIR)
         if node is not None:
             own = _named_after(node, path) if folder == AUTO else folder
@@ -142,7 +147,7 @@ def _trees(
                 own = _own_checkpoints(own, index, overrides.swept)
             if own != folder:
                 draft.put(CHECKPOINT_DIR, own, origin)  # also where `auto` itself was written
-                node, found = validate(draft, tree, schema.known)
+                node, found = validate(draft, tree, schema.known, to_run=to_run)
         if node is None:
             raise ConfigError(report(found, draft))
         trees.append(node)

@@ -25,12 +25,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem, find, split, walk
-from nemo_like.config.layers import Files, shown, why_unreadable
+from nemo_like.config.layers import Files, parents_of, shown, why_unreadable
 from nemo_like.config.schema import Key, is_known
 from nemo_like.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
+
+IMPORT = "uv run tools/config_cli.py import"
+"""What translates a recipe of NeMo-RL."""
+NAMES = "files are named from configs/, without ending: defaults: [sft, _self_]"
 
 RESOLVERS: dict[str, Callable[..., Any]] = {
     "add": lambda *numbers: sum(numbers),
@@ -125,7 +129,7 @@ def read_files(path: Path, groups: Sequence[str]) -> Files:
     try:
         return _read_files(path, groups)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
-        raise ConfigError(f"{shown(path)} can not be read: {_reason(error)}") from error
+        raise ConfigError(f"{shown(path)} can not be read: {_reason(error, path)}") from error
 
 
 def _read_files(path: Path, groups: Sequence[str]) -> Files:
@@ -148,15 +152,20 @@ def _read_files(path: Path, groups: Sequence[str]) -> Files:
     return files
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: Path) -> str:
     """What Hydra or YAML say, without the search path; and the cure for NeMo-RL's `defaults`."""
-    if isinstance(error, yaml.YAMLError | OSError):
+    if isinstance(error, yaml.YAMLError) or (isinstance(error, OSError) and error.strerror):
         return why_unreadable(error)
     lines = str(error).partition("Config search path")[0].splitlines()
     text = " ".join(line.strip() for line in lines if line.strip())
-    if "defaults must be a list" in text:
-        text += "; files are named from configs/, without ending: defaults: [sft, _self_]"
-    return text
+    parents = parents_of(path)
+    named = [parents] if isinstance(parents, str) else [p for p in parents if isinstance(p, str)]
+    if any(name.startswith("..") or name.endswith((".yaml", ".yml")) for name in named):
+        return (
+            f"its `defaults` are paths. This looks like a recipe of NeMo-RL: {IMPORT} {shown(path)}"
+            f"; if it is not, {NAMES}"
+        )
+    return f"{text}; {NAMES}" if "defaults must be a list" in text else text
 
 
 def _as_hydra_wants(text: str, chosen: DictConfig) -> str:

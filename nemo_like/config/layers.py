@@ -68,8 +68,8 @@ def why_unreadable(error: Exception) -> str:
     """What the system, YAML or OmegaConf say, in a line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem} (line {error.problem_mark.line + 1})"
-    if isinstance(error, OSError):
-        return (error.strerror or str(error)).lower()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
     return str(error).strip().split("\n")[0]
 
 

@@ -130,7 +130,7 @@ def _known_model(policy: PolicyConfig) -> dict[str, Any]:
 
 
 def missing_files(policy: PolicyConfig, data: DataConfig) -> Iterator[Conflict]:
-    """Files that the config names and that are not there."""
+    """Files that the config names and that are not there, or not of a kind that is read."""
     named: dict[str, str | None] = {
         f"data.default.{name}": getattr(data.default, name)
         for name in ("prompt_file", "system_prompt_file")
@@ -142,8 +142,14 @@ def missing_files(policy: PolicyConfig, data: DataConfig) -> Iterator[Conflict]:
     if template is not None and template.endswith(".jinja"):
         named["policy.tokenizer.chat_template"] = template
     for key, file in named.items():
-        if file is not None and not Path(file).exists():
-            yield Conflict((key,), f"no such file (looked in {Path.cwd()})")
+        if file is None or Path(file).is_dir():
+            continue
+        rows = (".jsonl", ".parquet") if Path(file).is_file() else (".jsonl", ".parquet", "")
+        if key.endswith(".data_path") and Path(file).suffix not in rows:
+            yield Conflict((key,), "expected a .jsonl or .parquet file, or a folder of them")
+        elif not Path(file).exists():
+            where = "" if Path(file).is_absolute() else f" (looked in {Path.cwd()})"
+            yield Conflict((key,), f"no such file{where}", only_to_run=True)
 
 
 def secret_conflicts(policy: PolicyConfig) -> Iterator[Conflict]:

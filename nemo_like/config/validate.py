@@ -20,9 +20,12 @@ Tree = TypeVar("Tree", bound=RunTree)
 
 
 def validate(
-    draft: Draft, tree: type[Tree], known: dict[str, Key]
+    draft: Draft, tree: type[Tree], known: dict[str, Key], *, to_run: bool = True
 ) -> tuple[Tree | None, list[Problem]]:
-    """The tree if nothing is wrong; conflicts between fields are looked for among the good ones."""
+    """The tree if nothing is wrong; conflicts between fields are looked for among the good ones.
+
+    Where nothing is going to run, what would only end a run becomes a note of the draft.
+    """
     problems = list(draft.problems)
     wrong = {key for problem in problems for key in problem.keys}
     values = draft.values
@@ -37,12 +40,13 @@ def validate(
             values = _without(values, (key for problem in found for key in problem.keys))
     else:
         return None, problems
-    conflicts = [
-        Problem(conflict.message, conflict.keys)
-        for conflict in conflicts_of(node)
-        if not any(_touches(key, bad) for key in conflict.keys for bad in wrong)
-    ]
-    problems += conflicts
+    for conflict in conflicts_of(node):
+        if any(_touches(key, bad) for key in conflict.keys for bad in wrong):
+            continue
+        if conflict.only_to_run and not to_run:
+            draft.notes.append(f"{', '.join(conflict.keys)}: {conflict.message}; a run needs it")
+        else:
+            problems.append(Problem(conflict.message, conflict.keys))
     return (None if problems else node), problems
 
 

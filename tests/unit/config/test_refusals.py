@@ -78,7 +78,8 @@ WRONG_VALUES = {
     "data.train.env_name=arithmetics": "did you mean arithmetic",
     "data.train=[]": "the list is empty",
     "data.train.split_validation_size=1.5": "float >= 0 <= 1",
-    "data.train.data_path=/no/such/file.jsonl": "no such file",
+    "data.train.data_path=/no/such/file.jsonl": "no such file\n",
+    "data.train.data_path=rows.csv": "expected a .jsonl or .parquet file",
     "data.default.prompt_file=nowhere.txt": "no such file",
     "policy.tokenizer.chat_template=nowhere.jinja": "no such file",
     "checkpointing.checkpoint_must_save_by=3h": "DD:HH:MM:SS",
@@ -387,9 +388,12 @@ def test_a_bad_value_hides_no_conflict_and_invents_none(refused):
     [
         ("a: [1", "can not be read"),
         ("a: 1\na: 2\n", "duplicate key a (line 2)"),
-        ("- 1\n", "can not be read"),
+        ("- 1\n", "holds a list"),
         ("defaults: [no_such_file]\n", "no_such_file"),
         ("defaults: sft.yaml\n", "defaults: [sft, _self_]"),
+        ("defaults: sft\n", "defaults: [sft, _self_]"),
+        ("defaults: ../../sft.yaml\n", "recipe of NeMo-RL: uv run tools/config_cli.py import "),
+        ('defaults: ["../sft.yaml"]\n', "recipe of NeMo-RL: uv run tools/config_cli.py import "),
         ("hydra:\n  run: {dir: x}\n", "its own settings have no effect"),
         ("sft:\n  seed: ???\n", "needs a value"),
         ("sft:\n  seed: !!python/object:os.system 1\n", "can not be read"),
@@ -419,3 +423,12 @@ def test_a_group_option_that_is_not_there_is_refused_with_those_that_are(refused
 @pytest.mark.parametrize("override", ["~sft.max_num_step", "~sft.seed=7", "~nothing"])
 def test_deleting_what_is_not_there_is_refused(refused, override):
     assert f"[command line: {override}]" in refused(override)
+
+
+def test_a_plan_needs_no_data_but_files_of_a_kind_that_is_read(sft, refused):
+    missing = "data.train.data_path=/on/the/cluster.jsonl"
+    (note,) = sft(missing, "--dry-run").notes
+    assert note == "data.train.data_path: no such file; a run needs it"
+    assert sft(missing, "--print-config").tree.data.train.data_path == "/on/the/cluster.jsonl"
+    assert "no such file" in refused(missing)
+    assert "expected a .jsonl" in refused("data.train.data_path=rows.csv", "--dry-run")
