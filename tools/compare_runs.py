@@ -11,18 +11,30 @@ start and without what lay between two parts of a run that was continued.
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
+import re
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nemo_like.config.draft import differing
 from nemo_like.errors import ConfigError
 from nemo_like.observability.console import RunConsole
-from nemo_like.observability.curves import Series, comparison_of, read_series
-from nemo_like.observability.headlines import HEADLINES, outcome
+from nemo_like.observability.curves import (
+    CHARTS,
+    NOISY,
+    Chart,
+    Points,
+    Series,
+    read_series,
+    thinned,
+)
+from nemo_like.observability.headlines import HEADLINES
 from nemo_like.observability.plots import COLOURS, draw, save_picture
 from nemo_like.observability.records import Table
 from nemo_like.observability.report import render
@@ -100,9 +112,9 @@ def read_runs(words: Sequence[str]) -> dict[str, Run]:
     """The runs by name; without one, by as much of the folder's path as tells them apart."""
     named: list[tuple[str | None, Path]] = []
     for word in words:
-        name, has_name, path = word.rpartition("=")
+        name, has_name, place = word.rpartition("=")
         if has_name and not Path(word).exists():
-            named.append((name, Path(path)))
+            named.append((name, Path(place)))
         else:
             named.append((None, Path(word)))
     folders = [path.resolve() for _, path in named]
@@ -140,6 +152,58 @@ def _refuse_without_times(runs: dict[str, Run]) -> None:
     for each in runs.values():
         if WALL_TIME not in each.series:
             raise ConfigError(f"--x seconds: {each.folder} does not say {WALL_TIME}; use --x step")
+
+
+def comparison_of(
+    runs: Mapping[str, Series], metrics: Iterable[str], *, across: Literal["step", "seconds"]
+) -> list[Chart]:
+    """A chart for each metric with a line for each run, which is empty where the run lacks it."""
+    charts = []
+    for metric in metrics:
+        lines = {
+            name: thinned(_points(series, metric, by_seconds=across == "seconds"))
+            for name, series in runs.items()
+        }
+        known = [entry for entry in CHARTS if re.fullmatch(entry[2], metric)]
+        title, unit, _ = known[0] if known else ("", "", "")
+        charts.append(
+            Chart(
+                metric,
+                lines,
+                unit="" if unit == "%" else unit,
+                across=across,
+                is_share=unit == "%",
+                is_noisy=title in NOISY,
+            )
+        )
+    return charts
+
+
+def _points(series: Series, metric: str, *, by_seconds: bool) -> Points:
+    """The values at each step, or at the seconds that the steps up to it took together."""
+    points = series.get(metric, {})
+    if not by_seconds:
+        return points
+    took = series.get("performance/wall_s", {})
+    clock = dict(zip(took, itertools.accumulate(took.values()), strict=True))
+    return {clock.get(step, 0.0): value for step, value in points.items()}
+
+
+def outcome(metric: str, points: Points) -> tuple[str, str]:
+    """The final value of a metric, or the median of a speed; and the best, or how far it went."""
+    named = [headline for headline in HEADLINES if headline.metric == metric]
+    form = named[0].form if named else "{:.4g}"
+    values = {step: value for step, value in points.items() if math.isfinite(value)}
+    last = list(points.values())[-1]
+    if not values:
+        return form.format(last), ""
+    low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    if metric.startswith("performance/"):
+        return form.format(statistics.median(values.values())), "median"
+    if named and named[0].better:
+        best = low if named[0].better == "lower" else high
+        return form.format(last), f"best {form.format(values[best])} at step {best}"
+    return form.format(last), f"{form.format(values[low])} to {form.format(values[high])}"
 
 
 def _outcomes(each: Run, metrics: Sequence[str]) -> list[tuple[str, str]]:

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 from nemo_like.config.absent import ABSENT, IGNORED
+from nemo_like.config.base import Node
 from nemo_like.config.grpo import GRPOTree
-from nemo_like.config.help import markdown
+from nemo_like.config.help import value_text
+from nemo_like.config.schema import Key, keys, known_paths
 from nemo_like.config.sft import SFTTree
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -81,6 +83,32 @@ def document() -> str:
     )
     tables = f"{markdown(SFTTree)}{GRPO}{markdown(GRPOTree, besides=SFTTree)}"
     return f"{INTRODUCTION}\n{tables}{COMPATIBILITY}{absent}{NOTED}{ignored}"
+
+
+def markdown(tree: type[Node], *, besides: type[Node] | None = None) -> str:
+    """One table per section, of the keys that `besides` does not have in the same words."""
+    elsewhere = known_paths(besides) if besides is not None else {}
+    tables: list[tuple[Key, list[Key]]] = []
+    for key in keys(tree):
+        if key.section:
+            tables.append((key, []))
+        elif elsewhere.get(key.path) != key:
+            tables[-1][1].append(key)
+    lines: list[str] = []
+    for section, rows in tables:
+        if rows or section.path not in elsewhere:
+            level = "#" * (section.path.count(".") + 2)
+            lines += ["", f"{level} `{section.path}`", "", section.line, ""]
+            lines += ["| key | type | default | |", "|---|---|---|---|"]
+        for key in rows:
+            cells = (key.path.rpartition(".")[2], key.type, value_text(key.default))
+            code = " | ".join(f"`{_escape(cell)}`" for cell in cells)
+            lines.append(f"| {code} | {_escape(key.line)} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The tree as text for `--help`, and as Markdown for the documentation, from the schema alone."""
+"""The tree as text for `--help`, from the schema alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_like.config.base import Node
-from nemo_like.config.schema import Key, keys, known_paths
+from nemo_like.config.schema import Key, keys
 
 
 def help_text(tree: type[Node], wanted: Sequence[str], *, options: Mapping[str, str]) -> str:
@@ -36,29 +36,3 @@ def value_text(value: Any) -> str:
     if isinstance(value, str):
         return value or "''"
     return json.dumps(value)
-
-
-def markdown(tree: type[Node], *, besides: type[Node] | None = None) -> str:
-    """One table per section, of the keys that `besides` does not have in the same words."""
-    elsewhere = known_paths(besides) if besides is not None else {}
-    tables: list[tuple[Key, list[Key]]] = []
-    for key in keys(tree):
-        if key.section:
-            tables.append((key, []))
-        elif elsewhere.get(key.path) != key:
-            tables[-1][1].append(key)
-    lines: list[str] = []
-    for section, rows in tables:
-        if rows or section.path not in elsewhere:
-            level = "#" * (section.path.count(".") + 2)
-            lines += ["", f"{level} `{section.path}`", "", section.line, ""]
-            lines += ["| key | type | default | |", "|---|---|---|---|"]
-        for key in rows:
-            cells = (key.path.rpartition(".")[2], key.type, value_text(key.default))
-            code = " | ".join(f"`{_escape(cell)}`" for cell in cells)
-            lines.append(f"| {code} | {_escape(key.line)} |")
-    return "\n".join(lines).strip() + "\n"
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from nemo_like.observability.run_folder import read_lines
 
@@ -19,7 +17,7 @@ Series = dict[str, Points]
 
 _MOST_POINTS = 800
 _MOST_BARS = 100
-_NOISY = ("Loss", "Reward", "Gradient norm", "Tokens per second", "Model FLOPs utilisation")
+NOISY = ("Loss", "Reward", "Gradient norm", "Tokens per second", "Model FLOPs utilisation")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Chart:
     is_noisy: bool = False
 
 
-_CHARTS: tuple[tuple[str, str, str], ...] = (
+CHARTS: tuple[tuple[str, str, str], ...] = (
     # title, unit, pattern of the metrics; its group, if it has one, names the line
     ("Loss", "nats per token", r"train/loss|validation/val_loss"),
     ("Accuracy on held-out problems", "%", r"validation/accuracy"),
@@ -79,7 +77,7 @@ def read_series(path: Path) -> Series:
 def charts_of(series: Mapping[str, Points]) -> list[Chart]:
     """The charts of a report, as far as the run has their metrics."""
     charts = []
-    for title, unit, pattern in _CHARTS:
+    for title, unit, pattern in CHARTS:
         lines = {}
         for name, points in sorted(series.items()):
             if match := re.fullmatch(pattern, name):
@@ -87,44 +85,9 @@ def charts_of(series: Mapping[str, Points]) -> list[Chart]:
                 lines[label] = thinned(points)
         if lines:
             shown_unit, is_share = ("", True) if unit == "%" else (unit, False)
-            is_noisy = title in _NOISY
+            is_noisy = title in NOISY
             charts.append(Chart(title, lines, shown_unit, is_share=is_share, is_noisy=is_noisy))
     return charts + _phases(series)
-
-
-def comparison_of(
-    runs: Mapping[str, Series], metrics: Iterable[str], *, across: Literal["step", "seconds"]
-) -> list[Chart]:
-    """A chart for each metric with a line for each run, which is empty where the run lacks it."""
-    charts = []
-    for metric in metrics:
-        lines = {
-            name: thinned(_points(series, metric, by_seconds=across == "seconds"))
-            for name, series in runs.items()
-        }
-        known = [entry for entry in _CHARTS if re.fullmatch(entry[2], metric)]
-        title, unit, _ = known[0] if known else ("", "", "")
-        charts.append(
-            Chart(
-                metric,
-                lines,
-                unit="" if unit == "%" else unit,
-                across=across,
-                is_share=unit == "%",
-                is_noisy=title in _NOISY,
-            )
-        )
-    return charts
-
-
-def _points(series: Series, metric: str, *, by_seconds: bool) -> Points:
-    """The values at each step, or at the seconds that the steps up to it took together."""
-    points = series.get(metric, {})
-    if not by_seconds:
-        return points
-    took = series.get("performance/wall_s", {})
-    clock = dict(zip(took, itertools.accumulate(took.values()), strict=True))
-    return {clock.get(step, 0.0): value for step, value in points.items()}
 
 
 def thinned(points: Points) -> Points:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,20 +52,3 @@ def headlines(series: Mapping[str, Points]) -> dict[str, str]:
     if steps := list(series.get("train/loss", {})):
         found["steps"] = f"{steps[-1]:,}"
     return found
-
-
-def outcome(metric: str, points: Points) -> tuple[str, str]:
-    """The final value of a metric, or the median of a speed; and the best, or how far it went."""
-    named = [headline for headline in HEADLINES if headline.metric == metric]
-    form = named[0].form if named else "{:.4g}"
-    values = {step: value for step, value in points.items() if math.isfinite(value)}
-    last = list(points.values())[-1]
-    if not values:
-        return form.format(last), ""
-    low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-    if metric.startswith("performance/"):
-        return form.format(statistics.median(values.values())), "median"
-    if named and named[0].better:
-        best = low if named[0].better == "lower" else high
-        return form.format(last), f"best {form.format(values[best])} at step {best}"
-    return form.format(last), f"{form.format(values[low])} to {form.format(values[high])}"
