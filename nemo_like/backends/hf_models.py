@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from nemo_like.assets import model_folder
 from nemo_like.checkpoint.files import read_json
-from nemo_like.checkpoint.hf_export import TIED
 from nemo_like.checkpoint.hf_import import read_hf_lazily
 from nemo_like.config.policy import PolicyConfig
-from nemo_like.errors import CheckpointError, ConfigError
+from nemo_like.errors import ConfigError
 from nemo_like.ops.experts import apart
 
 CLASSES = {
@@ -131,29 +130,3 @@ class FirstModel:
         if self.newborn_seed is not None:
             return random_weights(self.hf_config, self.newborn_seed)
         return read_hf_lazily(self.folder, shapes, tied=self.hf_config.tie_word_embeddings)
-
-
-def fitting(
-    weights: Iterable[tuple[str, Sliceable]], shapes: Mapping[str, tuple[int, ...]], *, tied: bool
-) -> Iterator[tuple[str, Sliceable]]:
-    """The weights, one after the other, that a model of these names and shapes has to be given.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected, or of another shape.
-    """
-    missing = dict(shapes)
-    for name, weight in weights:
-        if tied and name in TIED:
-            continue
-        expected = missing.pop(name, None)
-        if expected is None:
-            raise CheckpointError(
-                f"the weights hold {name!r}, which the model does not have (or twice)"
-            )
-        if tuple(weight.shape) != tuple(expected):
-            raise CheckpointError(
-                f"{name!r} has shape {tuple(weight.shape)}; the model expects {tuple(expected)}"
-            )
-        yield name, weight
-    if missing:
-        raise CheckpointError(f"the weights lack {', '.join(sorted(missing))}")

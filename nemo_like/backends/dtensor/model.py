@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nemo_like.backends.hf_models import Sliceable, fitting
+from nemo_like.backends.hf_models import Sliceable
 from nemo_like.ops.logprobs import linear_logprobs
 from nemo_like.optim.norm import local
 
@@ -87,16 +87,12 @@ def materialize(model: CausalLM, device: torch.device) -> None:
 
 @torch.no_grad()
 def load_weights(model: CausalLM, weights: Iterable[tuple[str, Sliceable]]) -> None:
-    """Copy this rank's block of each whole tensor into the model.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected, or of another shape.
-    """
+    """Copy this rank's block of each whole tensor of the model into it."""
     parameters = dict(named_parameters(model))
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    for name, whole in fitting(weights, shapes, tied=model.hf.config.tie_word_embeddings):
-        parameter = parameters[name]
+    for name, whole in weights:
+        parameter = parameters.pop(name)
         local(parameter).copy_(whole[_box_of(parameter)])
+    assert not parameters, f"the weights lack {', '.join(parameters)}"
 
 
 def _box_of(parameter: Tensor) -> tuple[slice, ...]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_like.backends.hf_models import Sliceable, fitting
+from nemo_like.backends.hf_models import Sliceable
 from nemo_like.backends.megatron.convert import Piece, WeightTable
 from nemo_like.checkpoint.boxes import BoxedTensor
 from nemo_like.optim.layout import Shape
@@ -50,20 +50,17 @@ def load_weights(
     blocks: Mapping[str, LocalBlock],
     weights: Iterable[tuple[str, Sliceable]],
 ) -> None:
-    """Fill the blocks from whole Hugging Face tensors, one after the other; padding becomes zero.
-
-    Raises:
-        CheckpointError: a tensor of the whole model is missing, unexpected, or of another shape.
-    """
+    """Fill the blocks from all Hugging Face tensors, one after the other; padding becomes zero."""
     parts: dict[str, list[tuple[Piece, Tensor]]] = {}
     for name, block in blocks.items():
         pieces = _pieces(table, name, block)
         for piece in pieces:
             parts.setdefault(piece.hf_name, []).append((piece, _rows(block, piece)))
         block.tensor[sum(piece.shape[0] for piece in pieces) :].zero_()
-    for hf_name, whole in fitting(weights, table.hf_shapes, tied=table.tied):
-        for piece, rows in parts.get(hf_name, ()):
+    for hf_name, whole in weights:
+        for piece, rows in parts.pop(hf_name, ()):
             rows.copy_(whole[_slices(piece.offset, piece.shape)])
+    assert not parts, f"the weights lack {', '.join(parts)}"
 
 
 def canonical(table: WeightTable, blocks: Mapping[str, LocalBlock]) -> dict[str, BoxedTensor]:
