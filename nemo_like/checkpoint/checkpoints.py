@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import socket
 from collections.abc import Mapping
@@ -84,7 +83,6 @@ class SavedCheckpoint:
 
     folder: Path
     step: int
-    metrics: Mapping[str, float]
     data: Any
     routing: Mapping[str, str]
     differences: tuple[str, ...]
@@ -257,9 +255,10 @@ class Checkpoints:
             return None
         folder = layout.step_folder(self._root, step)
         try:
-            return _metrics(read_json(folder / layout.STATE)).get(name)
+            metric: float | None = read_json(folder / layout.STATE)["metrics"].get(name)
         except CheckpointError:
             return None  # damaged: it ranks below every whole one
+        return metric
 
     def _read(self, folder: Path, verified: Manifest) -> SavedCheckpoint:
         state = read_json(folder / layout.STATE)
@@ -289,7 +288,6 @@ class Checkpoints:
         return SavedCheckpoint(
             folder=folder,
             step=verified.step,
-            metrics=_metrics(state),
             data=read_json(folder / layout.DATA),
             routing=owners,
             differences=verified.differences(self._identity.layout),
@@ -312,10 +310,6 @@ class Checkpoints:
             )
             return f"The last good one is {folder}; to continue from it: {aside}, then run again"
         return f"No older one is good; to start anew, set checkpointing.checkpoint_dir, or: {aside}"
-
-
-def _metrics(state: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in state["metrics"].items() if not math.isnan(value)}
 
 
 def differences(saved: Any, mine: Any, path: str = "") -> list[str]:

@@ -76,11 +76,11 @@ def durable_stream(path: Path) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def shown(problems: Iterable[str], limit: int = 10) -> str:
-    """The first of many problems in one line, and how many more there are."""
+def shown(problems: Iterable[str]) -> str:
+    """The first ten of many problems in one line, and how many more there are."""
     ordered = sorted(problems)
-    more = f"; and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return "; ".join(ordered[:limit]) + more
+    more = f"; and {len(ordered) - 10} more" if len(ordered) > 10 else ""
+    return "; ".join(ordered[:10]) + more
 
 
 def write_text(path: Path, text: str) -> None:

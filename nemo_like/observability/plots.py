@@ -57,13 +57,13 @@ def draw(chart: Chart) -> Drawing:
     )
 
 
-def save_picture(charts: Sequence[Chart], path: Path, *, columns: int = 3) -> None:
+def save_picture(charts: Sequence[Chart], path: Path) -> None:
     """Write charts of the same lines side by side, as PNG on white or as SVG on nothing."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    columns = min(columns, len(charts))
+    columns = min(3, len(charts))
     rows = math.ceil(len(charts) / columns)
     names = list(charts[0].lines)
     is_svg = path.suffix == ".svg"
