@@ -23,7 +23,7 @@ from nemo_like.config import compose
 from nemo_like.config.command_line import parse, to_yaml
 from nemo_like.config.draft import DEFAULT, Origin, differing, find, leaves, show, split
 from nemo_like.config.grpo import GRPOTree
-from nemo_like.config.layers import Files, as_yaml, origins_of, shown
+from nemo_like.config.layers import INHERITS, Files, as_yaml, origins_of, parents_of, shown
 from nemo_like.config.report import report, unknown_key
 from nemo_like.config.schema import defaults, is_known, known_paths
 from nemo_like.config.sft import SFTTree
@@ -31,7 +31,7 @@ from nemo_like.config.tree import RunTree
 from nemo_like.errors import ConfigError
 from tools.command_line import Parser, run
 from tools.migrate import LEFT_OUT, TREES, Migration, account, migrate
-from tools.yaml_files import INHERITS, as_written, parents_of, values_of
+from tools.yaml_files import as_written, values_of
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,33 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_like.config.draft import split, walk
-from nemo_like.config.layers import Files, Interpolation, origins_of, shown, why_unreadable
+from nemo_like.config.layers import INHERITS, Files, Interpolation, load_file, origins_of, shown
 from nemo_like.errors import ConfigError
 
-INHERITS = "defaults"
-"""The key that names the files below a file."""
 OVERRIDES = "_override_"
 """The key that makes a section replace the inherited one, instead of adding to it."""
 
 
 def values_of(file: Path, package: tuple[str, ...] = ()) -> dict[str, Any]:
     """What one file says by itself, interpolations as they are written."""
-    values: Any = OmegaConf.to_container(_load(file), resolve=False)
+    values: Any = OmegaConf.to_container(load_file(file), resolve=False)
     values.pop(INHERITS, None)
     for name in reversed(package):
         values = {name: values}
     return values  # type: ignore[no-any-return]
-
-
-def parents_of(file: Path) -> Any:
-    """What a file inherits from, as it says it; nothing is an empty list."""
-    values: Any = OmegaConf.to_container(_load(file), resolve=False)
-    return values.get(INHERITS, [])
 
 
 def read_inherited(file: Path) -> Files:
@@ -48,7 +39,7 @@ def _inherit(file: Path, files: Files, below: tuple[Path, ...]) -> None:
     if file in below:
         chain = " -> ".join(str(shown(f)) for f in (*below, file))
         raise ConfigError(f"files that inherit each other: {chain}")
-    loaded = _load(file)
+    loaded = load_file(file)
     parents = loaded.pop(INHERITS, None)
     for name in [parents] if isinstance(parents, str) else parents or []:
         parent = (file.parent / str(name)).resolve()
@@ -76,16 +67,6 @@ def _make_room(below: DictConfig, loaded: DictConfig) -> None:
                 holder = OmegaConf.select(values, ".".join(name[:-1])) if name[1:] else values
                 if isinstance(holder, DictConfig):
                     holder.pop(name[-1], None)
-
-
-def _load(file: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(file)
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{shown(file)} can not be read: {why_unreadable(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{shown(file)} holds a list; a configuration is a mapping of keys")
-    return loaded
 
 
 def as_written(value: Any) -> Any:

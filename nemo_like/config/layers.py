@@ -12,8 +12,13 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_like.config.draft import Origin
+from nemo_like.errors import ConfigError
+
+INHERITS = "defaults"
+"""The key that names the files below a file."""
 
 
 @dataclass
@@ -62,6 +67,23 @@ def _lines(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
 def shown(file: Path) -> Path:
     """A path as it is printed: from here, where it lies below."""
     return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+
+
+def parents_of(file: Path) -> Any:
+    """What a file inherits from, as it says it; nothing is an empty list."""
+    values: Any = OmegaConf.to_container(load_file(file), resolve=False)
+    return values.get(INHERITS, [])
+
+
+def load_file(file: Path) -> DictConfig:
+    """One file, interpolations as they are written."""
+    try:
+        loaded = OmegaConf.load(file)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{shown(file)} can not be read: {why_unreadable(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{shown(file)} holds a list; a configuration is a mapping of keys")
+    return loaded
 
 
 def why_unreadable(error: Exception) -> str:
