@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, NoReturn
 
 from nemo_like.config import compat, compose
 from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem
+from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.help import help_text
 from nemo_like.config.layers import Files, as_yaml
 from nemo_like.config.report import nearest_choice, report
@@ -151,21 +152,42 @@ def _trees(
         if node is None:
             raise ConfigError(report(found, draft))
         trees.append(node)
-        notes += [*draft.notes, *_idle_muon_keys(node, draft)]
+        notes += [*draft.notes, *_idle_keys(node, draft)]
     return trees, notes
 
 
-def _idle_muon_keys(node: RunTree, draft: Draft) -> list[str]:
-    """Notes on Muon's settings that were typed where no Muon is; a file may well carry them."""
-    if node.policy.active_optimizer.is_muon:
-        return []
+def _idle_keys(node: RunTree, draft: Draft) -> list[str]:
+    """Notes on what was typed and has no effect; a file may well carry it."""
+    policy = node.policy
     typed = sorted(
         ".".join(path)
         for path, origin in draft.origins.items()
-        if path[-1].startswith("muon_") and origin.text.startswith(COMMAND_LINE)
+        if origin.text.startswith(COMMAND_LINE)
+        and draft.find(path)[0]
+        and not isinstance(draft.find(path)[1], dict)
     )
-    name = node.policy.active_optimizer.optimizer
-    return [f"{key} has no effect under optimizer={name}; Muon is optimizer=muon" for key in typed]
+    muon = [key for key in typed if key.rpartition(".")[2].startswith("muon_")]
+    name = policy.active_optimizer.optimizer
+    notes = [
+        f"{key} has no effect under optimizer={name}; Muon is optimizer=muon"
+        for key in (muon if not policy.active_optimizer.is_muon else ())
+    ]
+    active = policy.backend_key
+    idle = "dtensor_cfg" if active == "megatron_cfg" else "megatron_cfg"
+    notes += [
+        f"{key} has no effect: policy.{active} trains; the other backend is "
+        f"policy.{idle}.enabled=true policy.{active}.enabled=false"
+        for key in typed
+        if key.startswith(f"policy.{idle}.") and key not in (f"policy.{idle}.enabled", *muon)
+    ]
+    if isinstance(node, GRPOTree) and node.env.custom.reward is not None:
+        judges = {node.data.judge(source) for source in node.data.sources().values()}
+        if "custom" not in judges:
+            notes.append(
+                f"env.custom.reward={node.env.custom.reward} judges nothing: no rows have "
+                "env_name=custom; for all of them it is data.default.env_name=custom"
+            )
+    return notes
 
 
 def _read(path: Path, groups: tuple[str, ...], problems: list[Problem]) -> Files:

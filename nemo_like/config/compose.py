@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem, find, split, walk
-from nemo_like.config.layers import Files, parents_of, shown, why_unreadable
+from nemo_like.config.layers import Files, shown, why_unreadable
 from nemo_like.config.schema import Key, is_known
 from nemo_like.errors import ConfigError
 
@@ -158,7 +158,8 @@ def _reason(error: Exception, path: Path) -> str:
         return why_unreadable(error)
     lines = str(error).partition("Config search path")[0].splitlines()
     text = " ".join(line.strip() for line in lines if line.strip())
-    parents = parents_of(path)
+    written = yaml.safe_load(path.read_text())
+    parents = written.get("defaults", []) if isinstance(written, dict) else []
     named = [parents] if isinstance(parents, str) else [p for p in parents if isinstance(p, str)]
     if any(name.startswith("..") or name.endswith((".yaml", ".yml")) for name in named):
         return (

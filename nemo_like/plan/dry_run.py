@@ -33,6 +33,7 @@ from nemo_like.plan.devices import device_named
 from nemo_like.plan.outline import Outline, outline
 from nemo_like.plan.tables import plan_data, plan_tables
 from nemo_like.run.build import parallel_sizes
+from nemo_like.run.environments import build_environment
 from nemo_like.run.model_config import hf_config_of
 
 
@@ -179,10 +180,16 @@ def _rollout_facts(tree: GRPOTree) -> dict[str, str]:
     engines = f"{policy.generation.backend}, responses of at most {policy.max_new_tokens} tokens"
     if grpo.max_rollout_turns > 1:
         engines += f", {grpo.max_rollout_turns} of them in a rollout"
+    judges = sorted({tree.data.judge(source) for source in tree.data.sources().values()})
+    if "custom" in judges:  # its function must be there
+        custom = tree.env.custom.model_copy(update={"num_workers": 1})
+        env = tree.env.model_copy(update={"custom": custom})
+        build_environment("custom", env, say=RunConsole().say).close()
     facts = {
         "algorithm": "DAPO" if grpo.is_dapo else "GRPO",
         "rollouts of a step": f"{grpo.num_prompts_per_step} prompts x "
         f"{grpo.num_generations_per_prompt} samples, for {tree.updates_per_step} update(s)",
+        "answers are judged by": ", ".join(judges),
         "engines": engines,
         "reference model": "the start weights" if tree.loss_fn.needs_reference else "none",
     }

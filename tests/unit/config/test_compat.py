@@ -287,3 +287,22 @@ def test_a_muon_setting_that_is_typed_without_muon_is_told_of_and_one_in_a_file_
     assert sft(typed, "policy.optimizer.optimizer=muon").notes == ()
     file = write("policy: {optimizer: {muon_momentum: 0.9}}\n")
     assert not any("muon" in note for note in sft("--config", file).notes)
+
+
+def test_what_is_typed_of_the_idle_backend_is_noted_and_what_a_file_has_of_it_is_not(sft, write):
+    config = write(
+        "defaults: [sft_tiny, _self_]\npolicy: {megatron_cfg: {sequence_parallel: true}}"
+    )
+    typed = "policy.megatron_cfg.tensor_model_parallel_size=2"
+    (note,) = sft("--config", config, typed).notes
+    assert note.startswith("policy.megatron_cfg.tensor_model_parallel_size has no effect")
+    assert "policy.megatron_cfg.enabled=true policy.dtensor_cfg.enabled=false" in note
+    megatron = ("policy.megatron_cfg.enabled=true", "policy.dtensor_cfg.enabled=false")
+    assert sft(*megatron, typed, "cluster.cpu_workers_per_node=2").notes == ()
+
+
+def test_a_reward_that_judges_nothing_is_noted(grpo):
+    reward = "env.custom.reward=my_rewards:brevity"
+    (note,) = grpo(reward).notes
+    assert "judges nothing" in note and "data.default.env_name=custom" in note
+    assert grpo(reward, "data.default.env_name=custom").notes == ()

@@ -388,7 +388,7 @@ def test_a_bad_value_hides_no_conflict_and_invents_none(refused):
     [
         ("a: [1", "can not be read"),
         ("a: 1\na: 2\n", "duplicate key a (line 2)"),
-        ("- 1\n", "holds a list"),
+        ("- 1\n", "can not be read"),
         ("defaults: [no_such_file]\n", "no_such_file"),
         ("defaults: sft.yaml\n", "defaults: [sft, _self_]"),
         ("defaults: sft\n", "defaults: [sft, _self_]"),

@@ -47,6 +47,12 @@ def test_owners_and_work_are_those_of_the_megatron_backend(capsys):
     assert "fp32 masters" in text
 
 
+def test_a_reward_that_is_not_there_is_found_before_anything_starts(capsys):
+    custom = ("data.default.env_name=custom", "env.custom.reward=no_such_module:reward")
+    code, text = told(capsys, "--config", "configs/grpo_math.yaml", *custom)
+    assert code == 2 and "no_such_module" in text
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
