@@ -108,9 +108,9 @@ def rehearse(
 ) -> Rehearsed:
     """What a step of this rank needs, which has so many layers, with so many stages behind it.
 
-    All layers of a model are alike, and so are micro-batches. So one or two of them are run, and
-    what one more takes is counted as often as there are more. `stages_behind` are why a stage holds
-    the activations of several micro-batches at once.
+    All layers of a model are alike, and so are micro-batches. So a few of them are run, and what
+    one more takes is counted as often as there are more. `stages_behind` are why a stage holds the
+    activations of several micro-batches at once.
     """
     few = _few_layers(policy, layers)
     runs = [_runs(policy, world_size, rank, work, layers=n) for n in few]
@@ -131,7 +131,8 @@ def _few_layers(policy: PolicyConfig, layers: int) -> tuple[int, ...]:
     mixed = getattr(hf_config, "mlp_only_layers", None) or (
         getattr(hf_config, "decoder_sparse_step", 1) != 1
     )
-    first = 2 if isinstance(policy.backend, DTensorConfig) else 1  # FSDP2 gathers one ahead
+    # FSDP2 gathers a layer ahead, and with two layers a backward pass has none to gather.
+    first = 3 if isinstance(policy.backend, DTensorConfig) else 1
     return (layers,) if layers <= first + 1 or mixed else (first, first + 1)
 
 

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from nemo_like.plan.watch import GATHERED
+
 CONFIG = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 64,
     "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4, "head_dim": 16,
@@ -21,6 +23,7 @@ TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 CP, EP = "context_parallel_size", "expert_model_parallel_size"
 LAYOUTS = {
     "FSDP2 over 2": (2, {"dtensor_cfg": {}}),
+    "FSDP2 over 2, recomputed": (2, {"dtensor_cfg": {"activation_checkpointing": True}}),
     "TP 2, recomputed": (
         2,
         {"dtensor_cfg": {"tensor_parallel_size": 2, "activation_checkpointing": True}},
@@ -117,4 +120,7 @@ def test_a_rank_holds_and_sends_what_the_forecast_says(pool, tmp_path, label):
         assert forecast.flops == pytest.approx(real[rank]["flops"], rel=1e-9)
         for moment in ("peak", "after_forward"):
             expected = sum(real[rank][moment].values())
-            assert sum(getattr(forecast, moment).values()) == pytest.approx(expected, rel=0.03)
+            found = getattr(forecast, moment)
+            assert sum(found.values()) == pytest.approx(expected, rel=0.03)
+            gathered = real[rank][moment].get(GATHERED, 0)
+            assert found.get(GATHERED, 0) == pytest.approx(gathered, rel=1e-9)
