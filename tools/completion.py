@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from nemo_like.config.command_line import OPTIONS
 from nemo_like.config.compose import CONFIGS
 from nemo_like.config.schema import Key, known_paths
+from nemo_like.plan.devices import DEVICES
 from tools.command_line import Parser, run
 from tools.migrate import TREES
 
@@ -36,7 +37,7 @@ length_of_key && $1 == substr(word, 1, length_of_key) {
   count = split($2, values, " ")
   for (i = 1; i <= count; i++) if (index($1 values[i], word) == 1) print mark $1 values[i]
 }
-index($1, "/") && !index(word, "/") { next }  # a group, which is no section of keys
+$1 ~ /^policy\// && !index(word, "/") { next }  # a group, which is no section of keys
 !length_of_key && index($1, word) == 1 {
   rest = substr($1, length(word) + 1); dot = index(rest, ".")
   found = dot ? word substr(rest, 1, dot) : $1
@@ -150,6 +151,10 @@ def lines() -> Iterator[str]:
     """A line for everything that can be completed: the word, its values, whose it is."""
     for option in OPTIONS:
         yield f"{option}\t\t"
+    yield f"--device=\t{' '.join(DEVICES)}\t"
+    for name in TREES:
+        forms = (file.stem for file in (CONFIGS / "recipes/tiny").glob(f"{name}*.yaml"))
+        yield f"recipes/tiny=\t{' '.join(sorted(forms))}\t{name}"
     trees = {name: known_paths(tree) for name, tree in TREES.items()}
     for name, known in trees.items():
         for path, key in known.items():

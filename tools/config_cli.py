@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_like.config import compose
+from nemo_like.config.absent import ABSENT, IGNORED
 from nemo_like.config.command_line import parse, to_yaml
 from nemo_like.config.draft import DEFAULT, Origin, differing, find, leaves, show, split
 from nemo_like.config.grpo import GRPOTree
@@ -30,7 +31,7 @@ from nemo_like.config.sft import SFTTree
 from nemo_like.config.tree import RunTree
 from nemo_like.errors import ConfigError
 from tools.command_line import Parser, run
-from tools.migrate import LEFT_OUT, TREES, Migration, account, migrate
+from tools.migrate import LEFT_OUT, NOT_CARRIED, TREES, Migration, account, migrate
 from tools.yaml_files import as_written, values_of
 
 
@@ -108,11 +109,18 @@ def _kind(options: argparse.Namespace, files: Files) -> type[RunTree]:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    if compose.find_config(options.key) and not compose.find_config(options.file):
+        raise ConfigError(f"the key comes before the file: explain {options.file} {options.key}")
     files = _read(options.file)
     tree = _kind(options, files)
     final: Any = _tree(options, options.file, options.overrides).model_dump(mode="json")
     known = known_paths(tree)
     if not is_known(options.key, known):
+        parts = options.key.split(".")
+        heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        absent = ABSENT | IGNORED | NOT_CARRIED
+        if entry := next((head for head in heads if head in absent), None):
+            raise ConfigError(f"{entry} is absent on purpose: {absent[entry]}")
         raise ConfigError(f"{options.key}: {unknown_key(options.key, known)}")
     combinations, _ = compose.parse_overrides(options.overrides, multirun=False)
     said = [*_said_by_files(files)]

@@ -6,7 +6,7 @@ r"""Run a list of recipes, all of them, and write one table of what came of it.
 
 `table.json` and `table.html` are written anew after every run, so a list that is ended early has
 told all that it knew. Exit code 1: a run failed, broke a limit, or drifted from the baseline.
-2: the list can not be read.
+2: the list can not be read, or nothing of it is asked for.
 """
 
 from __future__ import annotations
@@ -199,8 +199,14 @@ def main() -> int:
 
     try:
         lines = [line for line in read_suite(args.suite) if args.only in line.recipe]
-    except (ConfigError, OSError) as error:
+    except OSError as error:
+        print(f"{args.suite}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+        return 2
+    except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    if not lines:
+        print(f"{args.suite}: no recipe of the list holds {args.only!r}", file=sys.stderr)
         return 2
     now = time.strftime("%Y%m%d-%H%M%S")
     folder = args.folder or ROOT / f"results/suites/{args.suite.stem}-{now}"
@@ -221,7 +227,7 @@ def main() -> int:
         update_baseline(args.baseline, results)
     failed = sum(bool(result.failures) for result in results)
     print(f"{len(results) - failed} of {len(lines)} passed: {folder / 'table.html'}")
-    return 1 if failed or not lines else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from nemo_like.config import compat, compose
 from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem
 from nemo_like.config.grpo import GRPOTree
 from nemo_like.config.help import help_text
-from nemo_like.config.layers import Files, as_yaml
-from nemo_like.config.report import nearest_choice, report
+from nemo_like.config.layers import Files, as_yaml, shown
+from nemo_like.config.report import nearest_choice, report, unknown_key
 from nemo_like.config.schema import defaults, known_paths
+from nemo_like.config.sft import SFTTree
 from nemo_like.config.tree import RunTree
 from nemo_like.config.validate import Tree, validate
 from nemo_like.errors import ConfigError
@@ -89,6 +90,11 @@ def parse(argv: Sequence[str], *, tree: type[Tree], default_config: Path) -> Inv
         mode = "dry_run"
     if mode == "help":
         wanted = [word for word in rest if "=" not in word]
+        known = known_paths(tree)
+        unknown = [word for word in wanted if not any(word in key for key in known)]
+        if unknown:
+            problems = [Problem(unknown_key(word, known), (word,)) for word in unknown]
+            raise ConfigError(report(problems))
         text = help_text(tree, wanted, options=OPTIONS)
         return Invocation(tree(), mode, path or default_config, (), (), output=text)
 
@@ -137,6 +143,7 @@ def _trees(
     for index, overrides in enumerate(combinations):
         if overrides.groups not in files:
             files[overrides.groups] = _read(path, overrides.groups, problems)
+            _refuse_other(files[overrides.groups], path, tree)
         draft = compose.apply(files[overrides.groups], overrides.values, schema)
         compat.translate(draft)
         draft.problems[:0] = problems
@@ -154,6 +161,18 @@ def _trees(
         trees.append(node)
         notes += [*draft.notes, *_idle_keys(node, draft)]
     return trees, notes
+
+
+def _refuse_other(files: Files, path: Path, tree: type[Tree]) -> None:
+    """Refuse the configuration of another algorithm, instead of its keys one by one."""
+    for other in (SFTTree, GRPOTree):
+        blocks = set(other.model_fields) - set(tree.model_fields)
+        if any(key[0] in blocks for key in files.origins):
+            message = (
+                f"is a configuration of {other.algorithm.upper()}: "
+                f"uv run examples/run_{other.algorithm}.py --config {shown(path)}"
+            )
+            raise ConfigError(report([Problem(message, origin=Origin(0, str(shown(path))))]))
 
 
 def _idle_keys(node: RunTree, draft: Draft) -> list[str]:

@@ -19,13 +19,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem, find, split, walk
-from nemo_like.config.layers import Files, shown, why_unreadable
+from nemo_like.config.layers import Files, parents_of, shown, why_unreadable
+from nemo_like.config.report import nearest_choice
 from nemo_like.config.schema import Key, is_known
 from nemo_like.errors import ConfigError
 
@@ -154,12 +155,16 @@ def _read_files(path: Path, groups: Sequence[str]) -> Files:
 
 def _reason(error: Exception, path: Path) -> str:
     """What Hydra or YAML say, without the search path; and the cure for NeMo-RL's `defaults`."""
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        guess = nearest_choice(choice, error.options)
+        text = f"{group}={choice}: there is no such file; there are {', '.join(error.options)}"
+        return text + (f"; did you mean {group}={guess}?" if guess else "")
     if isinstance(error, yaml.YAMLError) or (isinstance(error, OSError) and error.strerror):
         return why_unreadable(error)
     lines = str(error).partition("Config search path")[0].splitlines()
     text = " ".join(line.strip() for line in lines if line.strip())
-    written = yaml.safe_load(path.read_text())
-    parents = written.get("defaults", []) if isinstance(written, dict) else []
+    parents = parents_of(path)
     named = [parents] if isinstance(parents, str) else [p for p in parents if isinstance(p, str)]
     if any(name.startswith("..") or name.endswith((".yaml", ".yml")) for name in named):
         return (

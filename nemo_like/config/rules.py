@@ -36,7 +36,7 @@ def layout_conflicts(policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[C
         yield Conflict(
             (*sizes, *machines),
             f"one model takes {backend.model_parallel_size} ranks, "
-            f"which does not divide the {world} of the cluster",
+            f"and {world} of the cluster are no multiple of that; a model may take {_sizes(world)}",
         )
         return
     replicas = world // backend.model_parallel_size
@@ -48,6 +48,11 @@ def layout_conflicts(policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[C
             f"does not divide the {replicas} data-parallel ranks",
         )
     yield from _batch_conflicts(policy, replicas, (*sizes, *machines))
+
+
+def _sizes(number: int) -> str:
+    """What divides a number, as text."""
+    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
 
 
 def _expert_conflicts(

@@ -70,6 +70,12 @@ class RunTree(Node):
     def _ranking_conflicts(self) -> Iterator[Conflict]:
         """Checkpoints that are ranked by what is never measured."""
         ranked_by = self.checkpointing.metric_name or ""
+        if self.checkpointing.enabled and ranked_by == "val:val_loss" and self.algorithm != "sft":
+            yield Conflict(
+                ("checkpointing.metric_name",),
+                "is measured by supervised runs alone, examples/run_sft.py; others have "
+                "val:accuracy",
+            )
         validates = bool(self.data.held_out()) and self.steps.validates
         if self.checkpointing.enabled and ranked_by.startswith("val:") and not validates:
             yield Conflict(

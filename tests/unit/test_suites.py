@@ -125,3 +125,10 @@ def test_a_run_that_fails_or_takes_too_long_does_not_stop_the_list(tmp_path):
     assert "exit code 2" in first["failures"][0]
     assert "took longer than 0.001 minutes" in second["failures"][0]
     assert "0 of 2 passed" in found.stdout
+
+
+def test_a_list_that_is_not_there_or_of_which_nothing_is_asked_for_ends_with_2(tmp_path):
+    for argv in (["nope.txt"], [str(ROOT / "tests/test_suites/nightly.txt"), "--only", "zzz"]):
+        tool = [sys.executable, str(ROOT / "tools/run_suite.py"), *argv]
+        done = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Errno" not in done.stderr

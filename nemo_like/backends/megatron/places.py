@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from nemo_like.backends.megatron.convert import EMBEDDING, Entry, WeightTable
+from nemo_like.config.draft import show
 from nemo_like.config.megatron import MegatronConfig
 from nemo_like.errors import ConfigError
 from nemo_like.optim.layout import Layout, Shape, layout_on
@@ -112,8 +113,9 @@ def layers_of_stages(config: MegatronConfig, num_layers: int) -> tuple[int, ...]
     if left < stages or (left % stages if stages else left):
         raise ConfigError(
             f"policy.megatron_cfg.pipeline_model_parallel_size: {num_layers} layers can not be "
-            f"shared by {pp} stages with num_layers_in_first_pipeline_stage={first} and "
-            f"num_layers_in_last_pipeline_stage={last}: the other stages have equal parts"
+            f"shared by {pp} stages with num_layers_in_first_pipeline_stage={show(first)} and "
+            f"num_layers_in_last_pipeline_stage={show(last)}: the other stages have equal parts. "
+            + _remedy(num_layers, pp)
         )
     counts = [left // stages if stages else 0] * pp
     if first is not None:
@@ -121,6 +123,19 @@ def layers_of_stages(config: MegatronConfig, num_layers: int) -> tuple[int, ...]
     if last is not None:
         counts[-1] = last
     return tuple(counts)
+
+
+def _remedy(num_layers: int, pp: int) -> str:
+    """Numbers of stages with equal parts, and ends that leave equal parts to the asked number."""
+    even = ", ".join(str(n) for n in range(1, num_layers + 1) if num_layers % n == 0)
+    text = f"Without these two keys {even} stages are even"
+    each = -(-num_layers // pp)
+    ends = num_layers - each * (pp - 2)
+    if pp > 2 and ends >= 2:
+        text += (
+            f"; {pp} are with {ends - ends // 2} layers in the first and {ends // 2} in the last"
+        )
+    return text
 
 
 def check_divisible(config: MegatronConfig, world: int) -> None:

@@ -388,7 +388,7 @@ def test_a_bad_value_hides_no_conflict_and_invents_none(refused):
     [
         ("a: [1", "can not be read"),
         ("a: 1\na: 2\n", "duplicate key a (line 2)"),
-        ("- 1\n", "can not be read"),
+        ("- 1\n", "holds a list"),
         ("defaults: [no_such_file]\n", "no_such_file"),
         ("defaults: sft.yaml\n", "defaults: [sft, _self_]"),
         ("defaults: sft\n", "defaults: [sft, _self_]"),
@@ -432,3 +432,27 @@ def test_a_plan_needs_no_data_but_files_of_a_kind_that_is_read(sft, refused):
     assert sft(missing, "--print-config").tree.data.train.data_path == "/on/the/cluster.jsonl"
     assert "no such file" in refused(missing)
     assert "expected a .jsonl" in refused("data.train.data_path=rows.csv", "--dry-run")
+
+
+def test_the_configuration_of_another_algorithm_is_named_with_its_command(refused, grpo_refused):
+    command = "uv run examples/run_grpo.py --config configs/grpo_math_1B.yaml"
+    report = refused("--config", "configs/grpo_math_1B.yaml")
+    assert command in report and report.startswith("1 problem ")
+    assert (
+        "examples/run_sft.py" in grpo_refused("--config", "configs/sft.yaml").partition("Every")[0]
+    )
+    tiny = grpo_refused("--config", "configs/sft_tiny.yaml")
+    assert "uv run examples/run_sft.py --config configs/sft_tiny.yaml" in tiny
+
+
+def test_help_of_a_misspelt_key_suggests_another(refused):
+    assert "did you mean policy.optimizer?" in refused("--help", "policy.optimzer")
+
+
+def test_a_choice_that_a_group_does_not_have_is_named_with_those_that_it_has(refused):
+    report = refused("policy/optimizer=adamw")
+    assert (
+        "policy/optimizer=adamw: there is no such file; there are adam, muon; did you mean"
+        in report
+    )
+    assert "did you mean policy/optimizer=adam?" in report

@@ -56,7 +56,10 @@ def test_a_reward_that_is_not_there_is_found_before_anything_starts(capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("policy.megatron_cfg.pipeline_model_parallel_size=8", "28 layers can not be shared"),
+        (
+            "policy.megatron_cfg.pipeline_model_parallel_size=8",
+            "1, 2, 4, 7, 14, 28 stages are even; 8 are with 2 layers in the first and 2 in the",
+        ),
         ("policy.hf_config_overrides.hidden_act=gelu", "the Megatron backend only 'silu'"),
         ("policy.megatron_cfg.expert_model_parallel_size=2", "qwen2 has no experts"),
     ],

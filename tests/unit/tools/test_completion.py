@@ -105,5 +105,7 @@ def test_every_key_that_can_be_listed_is_there_with_its_values():
     values = {(word, kind): listed.split() for word, listed, kind in found}
     assert values["cluster.gpus_per_node=", ""] == ["auto"]
     assert values["policy.dtensor_cfg.enabled=", ""] == ["true", "false"]
+    assert "h100-80gb" in values["--device=", ""]
+    assert values["recipes/tiny=", "sft"] == ["sft", "sft_moe"]
     assert values["policy.optimizer.optimizer=", ""][:3] == ["adam", "sgd", "muon"]
     assert ("grpo.num_prompts_per_step=", "grpo") in values and ("sft.seed=", "sft") in values

@@ -55,6 +55,17 @@ def test_explain_of_a_misspelt_key_suggests_another(run):
     assert code == 2 and "did you mean policy.optimizer.lr?" in errors
 
 
+@pytest.mark.parametrize("key", ["policy.dtensor_cfg.lora_cfg.dim", "policy.generation_batch_size"])
+def test_explain_of_a_key_that_is_absent_says_why(run, key):
+    code, _, errors = run("explain", key, "configs/sft.yaml")
+    assert code == 2 and "is absent on purpose: " in errors
+
+
+def test_explain_with_the_file_before_the_key_says_the_order(run):
+    errors = run("explain", "configs/sft.yaml", "policy.optimizer.lr")[2]
+    assert "explain policy.optimizer.lr configs/sft.yaml" in errors
+
+
 def test_compare_shows_the_keys_that_differ_and_only_those(run, write):
     one = write("defaults: [sft, _self_]\nsft: {seed: 1}\n", "one.yaml")
     other = write("defaults: [sft, _self_]\nsft: {seed: 2}\n", "other.yaml")
