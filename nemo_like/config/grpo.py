@@ -130,7 +130,7 @@ class GRPOConfig(StepsConfig):
         return self.num_prompts_per_step * self.num_generations_per_prompt
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Groups without a baseline, and settings without an effect."""
+        """Groups without a baseline, and settings that contradict each other."""
         yield from self._group_conflicts()
         if self.adv_estimator.name == "grpo" and not self.adv_estimator.minus_baseline:
             yield Conflict(

@@ -24,7 +24,6 @@ _EVERYWHERE = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",  # it would send some over the network
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of the parts, if there are several
-    "HF_HUB_OFFLINE": "1",  # everything it needs is in a folder that we write
 }
 ENVIRONMENT = _EVERYWHERE | {
     "TORCH_COMPILE_DISABLE": "1",  # of one small function, for seconds, with a C++ compiler

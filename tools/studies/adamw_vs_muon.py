@@ -77,7 +77,7 @@ TASKS = {
     ),
     "grpo": Task(
         "GRPO, bundled arithmetic", "examples/run_grpo_math.py", "grpo",
-        dict.fromkeys(("adam", "muon"), (1e-4, 3e-4, 1e-3)), "validation/accuracy", False,
+        dict.fromkeys(("adam", "muon"), (3e-5, 1e-4, 3e-4, 1e-3)), "validation/accuracy", False,
         ("policy.generation.backend=hf", "grpo.val_period=5"),
     ),
 }  # fmt: skip
