@@ -24,7 +24,15 @@ from nemo_like.config.absent import ABSENT, IGNORED
 from nemo_like.config.command_line import parse, to_yaml
 from nemo_like.config.draft import DEFAULT, Origin, differing, find, leaves, show, split
 from nemo_like.config.grpo import GRPOTree
-from nemo_like.config.layers import INHERITS, Files, as_yaml, origins_of, parents_of, shown
+from nemo_like.config.layers import (
+    INHERITS,
+    Files,
+    as_yaml,
+    origins_of,
+    parents_of,
+    shown,
+    values_of,
+)
 from nemo_like.config.report import report, unknown_key
 from nemo_like.config.schema import defaults, is_known, known_paths
 from nemo_like.config.sft import SFTTree
@@ -32,7 +40,7 @@ from nemo_like.config.tree import RunTree
 from nemo_like.errors import ConfigError
 from tools.command_line import Parser, run
 from tools.migrate import LEFT_OUT, NOT_CARRIED, TREES, Migration, account, migrate
-from tools.yaml_files import as_written, values_of
+from tools.yaml_files import as_written
 
 
 def main(argv: Sequence[str]) -> int:

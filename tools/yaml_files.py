@@ -19,15 +19,6 @@ OVERRIDES = "_override_"
 """The key that makes a section replace the inherited one, instead of adding to it."""
 
 
-def values_of(file: Path, package: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What one file says by itself, interpolations as they are written."""
-    values: Any = OmegaConf.to_container(load_file(file), resolve=False)
-    values.pop(INHERITS, None)
-    for name in reversed(package):
-        values = {name: values}
-    return values  # type: ignore[no-any-return]
-
-
 def read_inherited(file: Path) -> Files:
     """A file on top of those that its `defaults` name by their paths: NeMo-RL's inheritance."""
     files = Files.of({})

@@ -1,6 +1,6 @@
 """Hydra composes files, groups and overrides into one `Draft`: the only home of Hydra.
 
-Hydra's parser reads the overrides and its `compose` does files, groups and defaults lists. Value
+Hydra's parser reads the overrides, and its defaults lists say which files, in which order. Value
 overrides are applied here, every one as `++` (whether a key exists is the schema's affair), and so
 are deletions: Hydra refuses to delete a key that is present with null, and stops at one error.
 """
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_like.config.draft import COMMAND_LINE, Draft, Origin, Problem, find, split, walk
-from nemo_like.config.layers import Files, parents_of, shown, why_unreadable
+from nemo_like.config.layers import Files, parents_of, shown, values_of, why_unreadable
 from nemo_like.config.report import nearest_choice
 from nemo_like.config.schema import Key, is_known
 from nemo_like.errors import ConfigError
@@ -136,20 +136,22 @@ def read_files(path: Path, groups: Sequence[str]) -> Files:
 def _read_files(path: Path, groups: Sequence[str]) -> Files:
     overrides = [f"hydra.searchpath=[file://{CONFIGS}]"]
     with initialize_config_dir(str(path.parent), version_base=None, job_name="nemo_like"):
-        merged = compose(path.stem, overrides, return_hydra_config=bool(groups))
-        if groups:
-            chosen = merged.hydra.runtime.choices
-            overrides += [_as_hydra_wants(text, chosen) for text in groups]
-            merged = compose(path.stem, overrides)
         loader = GlobalHydra.instance().config_loader()
-        parts = loader.compute_defaults_list(path.stem, overrides, RunMode.RUN).defaults
-    OmegaConf.set_struct(merged, False)
-    files = Files(merged)
-    for part in parts:
+        parts = loader.compute_defaults_list(path.stem, overrides, RunMode.RUN)
+        if groups:
+            chosen = parts.overrides.known_choices
+            overrides += [_as_hydra_wants(text, chosen) for text in groups]
+            parts = loader.compute_defaults_list(path.stem, overrides, RunMode.RUN)
+    files = Files.of({})
+    values: dict[str, Any] = {}
+    for part in parts.defaults:
         name = part.config_path or ""
         found = [f for f in (path.parent / f"{name}.yaml", CONFIGS / f"{name}.yaml") if f.is_file()]
         if found and not name.startswith("hydra/"):
-            files.add(found[0], split(part.package) if part.package else ())
+            package = split(part.package) if part.package else ()
+            values = _overlay(values, values_of(found[0], package))
+            files.add(found[0], package)
+    files.values = OmegaConf.create(values)
     return files
 
 
@@ -174,7 +176,7 @@ def _reason(error: Exception, path: Path) -> str:
     return f"{text}; {NAMES}" if "defaults must be a list" in text else text
 
 
-def _as_hydra_wants(text: str, chosen: DictConfig) -> str:
+def _as_hydra_wants(text: str, chosen: Mapping[str, Any]) -> str:
     """A group choice, appended or replaced as the defaults list has it: users need not know."""
     bare = text.lstrip("+")
     if bare.startswith("~"):
@@ -272,6 +274,7 @@ def _resolve(values: DictConfig, draft: Draft, schema: Schema) -> None:
 
 
 def _overlay(base: Any, top: Any) -> Any:
+    """Sections key by key; of anything else, a list and a section too, what is on top."""
     if not (isinstance(base, dict) and isinstance(top, dict)):
         return top
     return base | {name: _overlay(base.get(name), value) for name, value in top.items()}

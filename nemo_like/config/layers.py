@@ -69,6 +69,15 @@ def shown(file: Path) -> Path:
     return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
 
 
+def values_of(file: Path, package: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What one file says by itself, interpolations as they are written."""
+    values: Any = OmegaConf.to_container(load_file(file), resolve=False)
+    values.pop(INHERITS, None)
+    for name in reversed(package):
+        values = {name: values}
+    return values  # type: ignore[no-any-return]
+
+
 def parents_of(file: Path) -> Any:
     """What a file inherits from, as it says it; nothing is an empty list."""
     values: Any = OmegaConf.to_container(load_file(file), resolve=False)

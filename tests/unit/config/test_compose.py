@@ -51,6 +51,15 @@ def test_a_file_anywhere_inherits_from_the_repository_and_from_its_neighbours(sf
     assert tree.policy.optimizer.weight_decay == 0.1
 
 
+def test_a_list_of_sources_takes_the_place_of_the_one_that_is_inherited_and_the_reverse(sft, write):
+    several = "[{dataset_name: arithmetic}, {dataset_name: products, weight: 2.0}]"
+    config = write(f"defaults: [sft, _self_]\ndata: {{train: {several}}}\n")
+    tree = sft("--config", config, "sft.seed=1").tree
+    assert [source.dataset_name for source in tree.data.train] == ["arithmetic", "products"]
+    tiny = sft("--config", config, "recipes/tiny=sft").tree
+    assert tiny.data.train.num_rows == 2000
+
+
 def test_a_group_is_chosen_on_the_command_line_and_later_overrides_win(sft):
     tree = sft("policy.optimizer.muon_momentum=0.8", "policy/optimizer=muon").tree
     assert tree.policy.optimizer.is_muon
