@@ -9,13 +9,13 @@ from pathlib import Path
 _BATCH = (
     "lower policy.train_micro_batch_size (of packed or sorted batches train_mb_tokens of "
     "policy.sequence_packing or policy.dynamic_batching)",
-    "set policy.dtensor_cfg.activation_checkpointing=true",
+    "set activation_checkpointing=true of the backend (policy.dtensor_cfg, policy.megatron_cfg)",
     "lower policy.logprob_chunk_size or policy.max_total_sequence_length",
 )
 _STATE = (
     "share the state among more ranks (cluster.num_nodes, cluster.gpus_per_node) or raise "
-    "policy.dtensor_cfg.tensor_parallel_size",
-    "on GPUs set policy.dtensor_cfg.cpu_offload=true",
+    "policy.dtensor_cfg.tensor_parallel_size (policy.megatron_cfg.tensor_model_parallel_size)",
+    "on GPUs set policy.dtensor_cfg.cpu_offload=true, if that is the backend",
 )
 _LOGPROBS = (
     "lower policy.logprob_batch_size (of packed or sorted batches logprob_mb_tokens of "
