@@ -5,10 +5,12 @@ import re
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 
 import psutil
 import pytest
 
+from nemo_like.cluster.runtime import import_ray
 from nemo_like.errors import EXIT_INTERRUPTED
 from tests.e2e.commands import Place, sft, start, wait_until, words
 
@@ -32,7 +34,13 @@ LAYOUTS = {
         "cluster.cpu_workers_per_node=2", "policy.dtensor_cfg.enabled=false",
         "policy.megatron_cfg.enabled=true", "policy.megatron_cfg.tensor_model_parallel_size=2",
     ),
+    "2 machines": ("cluster.num_nodes=2", "cluster.cpu_workers_per_node=1"),
+    "2 machines, a stage of Megatron's pipeline on each": (
+        "cluster.num_nodes=2", "cluster.cpu_workers_per_node=1", "policy.dtensor_cfg.enabled=false",
+        "policy.megatron_cfg.enabled=true", "policy.megatron_cfg.pipeline_model_parallel_size=2",
+    ),
 }  # fmt: skip
+IN_CI = ("2 workers, tensor parallel", "2 workers, Megatron")
 
 
 def offspring(pid):
@@ -57,13 +65,34 @@ def started(place, *settings):
     return start(place.argv(*CPU, *settings))
 
 
+@contextmanager
+def machines(layout):
+    """The settings that lead to as many machines as the layout has, which Ray plays here."""
+    if "machines" not in layout:
+        yield ()
+        return
+    import_ray()
+    from ray.cluster_utils import Cluster
+
+    size = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=size | {"include_dashboard": False})
+    try:
+        cluster.add_node(**size)
+        yield (f"cluster.address={cluster.address}",)
+    finally:
+        cluster.shutdown()
+
+
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param("2 workers", marks=pytest.mark.slow), *list(LAYOUTS)[1:]],
+    [
+        pytest.param(label, marks=pytest.mark.slow if label not in IN_CI else ())
+        for label in LAYOUTS
+    ],
 )
 def test_every_layout_gives_the_losses_of_one_process(place, in_one_process, layout):
-    process = started(place, *SETTINGS, *LAYOUTS[layout])
-    code, said = end_of(process, timeout_s=180)
+    with machines(layout) as address:
+        code, said = end_of(started(place, *SETTINGS, *LAYOUTS[layout], *address), timeout_s=180)
     assert code == 0, said
     assert place.losses() == pytest.approx(in_one_process.losses(), abs=1e-5)
     for mine, other in zip(place.values(), in_one_process.values(), strict=True):
