@@ -223,7 +223,7 @@ class _Judge:
         targets = self._targets(path)
         for key in (path, *targets):
             for kind, reasons in self._tables():
-                if entry := _entry(key, reasons, within=value is not None):
+                if entry := _entry(key, reasons, within=isinstance(value, list)):
                     return Fate(path, kind, value, origin, reasons[entry], entry)
         same = path in targets and is_known(path, self.known)
         return Fate(path, "kept" if same else "said differently", value, origin)

@@ -62,7 +62,9 @@ policy:
     vllm_kwargs: {}
 data:
   train: {dataset_name: OpenMathInstruct-2, split_validation_size: 0.05, seed: "${grpo.seed}"}
+  validation: null
   default: {prompt_file: null, processor: math_hf_data_processor}
+logger: {tensorboard: {}}
 env: {math: {num_workers: 8}}
 cluster: {gpus_per_node: 1, num_nodes: 1}
 """
@@ -118,6 +120,8 @@ def test_every_key_has_one_fate(theirs):
         "policy.megatron_cfg.apply_rope_fusion": "ignored",
         "policy.megatron_cfg.optimizer.use_precision_aware_optimizer": "ignored",
         "policy.make_sequence_length_divisible_by": "ignored",
+        "logger.tensorboard": "kept",
+        "data.validation": "kept",
         "policy.optimizer.kwargs.betas": "said differently",
         "grpo.adv_estimator.normalize_rewards": "said differently",
     }
