@@ -139,7 +139,7 @@ def tree(folder: Path, backend: str, rows: int) -> Any:
     """The configuration of our side."""
     from nemo_like.config.grpo import GRPOConfig, GRPOTree
     from nemo_like.config.loss import ClippedPGConfig
-    from nemo_like.config.policy import OptimizerConfig
+    from nemo_like.config.optimizer import OptimizerConfig
     from nemo_like.config.run import ClusterConfig
 
     policy = {
