@@ -421,7 +421,9 @@ def test_vllm_refuses_models_that_it_would_compute_wrongly(engines, changes, mes
         engines["vllm"].new(FAMILIES["qwen3"].to_dict() | changes)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("llama", marks=pytest.mark.slow), "qwen2", "qwen3_moe"]
+)
 def test_vllm_agrees_on_the_other_families_too(engines, family):
     engine = engines["vllm"]
     engine.new(family)

@@ -315,6 +315,7 @@ def test_an_engine_that_is_lost_twice_in_a_call_is_an_error_and_both_can_be_aske
     assert drawn(world.generate()) == expected
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_answer_in_time_is_replaced(cluster, tmp_path, expected):
     world = World(cluster, tmp_path, timeout_s=5.0)
     world.connect(None)

@@ -99,7 +99,13 @@ def sent_by(found):
     return sent
 
 
-@pytest.mark.parametrize("label", list(LAYOUTS))
+@pytest.mark.parametrize(
+    "label",
+    [
+        pytest.param(label, marks=pytest.mark.slow if label == "Megatron, experts, EP 2" else ())
+        for label in LAYOUTS
+    ],
+)
 def test_a_rank_holds_and_sends_what_the_forecast_says(pool, tmp_path, label):
     from nemo_like.plan.rehearsal import rehearse
 

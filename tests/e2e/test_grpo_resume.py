@@ -43,7 +43,7 @@ def rewards(place):
     return [line["train/reward"] for line in place.values()]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("muon", marks=pytest.mark.slow)])
 def test_grpo_interrupted_after_every_step_equals_the_uninterrupted_run(
     tmp_path, sft_config, optimizer
 ):
@@ -102,7 +102,7 @@ def test_a_run_keeps_its_reference_though_the_supervised_run_went_on(tmp_path, c
     assert "reference_policy_kl_penalty" in words(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "muon"])
 def test_dapo_interrupted_after_every_step_equals_the_uninterrupted_run(
     tmp_path, sft_config, optimizer
 ):
