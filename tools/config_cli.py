@@ -39,7 +39,7 @@ from nemo_like.config.sft import SFTTree
 from nemo_like.config.tree import RunTree
 from nemo_like.errors import ConfigError
 from tools.command_line import Parser, run
-from tools.migrate import LEFT_OUT, NOT_CARRIED, TREES, Migration, account, migrate
+from tools.migrate import LEFT_OUT, NOT_CARRIED, TREES, Migration, account, entry_of, migrate
 from tools.yaml_files import as_written
 
 
@@ -124,10 +124,8 @@ def _explain(options: argparse.Namespace) -> int:
     final: Any = _tree(options, options.file, options.overrides).model_dump(mode="json")
     known = known_paths(tree)
     if not is_known(options.key, known):
-        parts = options.key.split(".")
-        heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
         absent = ABSENT | IGNORED | NOT_CARRIED
-        if entry := next((head for head in heads if head in absent), None):
+        if entry := entry_of(options.key, absent, within=False):
             raise ConfigError(f"{entry} is absent on purpose: {absent[entry]}")
         raise ConfigError(f"{options.key}: {unknown_key(options.key, known)}")
     combinations, _ = compose.parse_overrides(options.overrides, multirun=False)

@@ -223,7 +223,7 @@ class _Judge:
         targets = self._targets(path)
         for key in (path, *targets):
             for kind, reasons in self._tables():
-                if entry := _entry(key, reasons, within=isinstance(value, list)):
+                if entry := entry_of(key, reasons, within=isinstance(value, list)):
                     return Fate(path, kind, value, origin, reasons[entry], entry)
         same = path in targets and is_known(path, self.known)
         return Fate(path, "kept" if same else "said differently", value, origin)
@@ -260,8 +260,8 @@ def _renamed(path: str) -> str:
     return compat.RENAMED.get(path, path)
 
 
-def _entry(path: str, reasons: Mapping[str, str], *, within: bool) -> str:
-    """Where a table speaks of a key: of itself, of a section around it, or of its elements."""
+def entry_of(path: str, reasons: Mapping[str, str], *, within: bool) -> str:
+    """Where a table speaks of a key: of itself, a section around it, or (`within`) its elements."""
     parts = split(path)
     heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     below = (key for key in reasons if within and key.startswith(f"{path}."))

@@ -199,13 +199,12 @@ def _idle_keys(node: RunTree, draft: Draft) -> list[str]:
         for key in typed
         if key.startswith(f"policy.{idle}.") and key not in (f"policy.{idle}.enabled", *muon)
     ]
-    if isinstance(node, GRPOTree) and node.env.custom.reward is not None:
-        judges = {node.data.judge(source) for source in node.data.sources().values()}
-        if "custom" not in judges:
-            notes.append(
-                f"env.custom.reward={node.env.custom.reward} judges nothing: no rows have "
-                "env_name=custom; for all of them it is data.default.env_name=custom"
-            )
+    reward = node.env.custom.reward if isinstance(node, GRPOTree) else None
+    if reward is not None and "custom" not in node.data.judges:
+        notes.append(
+            f"env.custom.reward={reward} judges nothing: no rows have "
+            "env_name=custom; for all of them it is data.default.env_name=custom"
+        )
     return notes
 
 

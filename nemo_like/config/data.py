@@ -121,6 +121,11 @@ class DataConfig(Node):
         default: EnvName = "arithmetic" if source.is_bundled else "math"
         return source.env_name or self.default.env_name or default
 
+    @property
+    def judges(self) -> set[EnvName]:
+        """The environments that judge answers to any source's prompts."""
+        return {self.judge(source) for source in self.sources().values()}
+
     def held_out(self) -> dict[str, DatasetConfig]:
         """The sources that validation draws from, by dotted path."""
         return {

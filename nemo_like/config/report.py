@@ -19,6 +19,11 @@ HINT = (
 STOPPED = "in the configuration; nothing was started"
 
 
+def divisors(number: int) -> str:
+    """What divides a number, for a message that says which sizes are possible."""
+    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
+
+
 def report(problems: Sequence[Problem], draft: Draft | None = None, *, head: str = STOPPED) -> str:
     """Every problem, each with its keys, values and origins, once, below their number."""
     several = "problems" if len(problems) > 1 else "problem"

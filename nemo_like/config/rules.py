@@ -12,6 +12,7 @@ from nemo_like.config.base import Conflict
 from nemo_like.config.data import DataConfig
 from nemo_like.config.megatron import MegatronConfig
 from nemo_like.config.policy import PolicyConfig
+from nemo_like.config.report import divisors
 from nemo_like.config.run import ClusterConfig
 
 PARALLEL_SIZES = (
@@ -36,7 +37,8 @@ def layout_conflicts(policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[C
         yield Conflict(
             (*sizes, *machines),
             f"one model takes {backend.model_parallel_size} ranks, "
-            f"and {world} of the cluster are no multiple of that; a model may take {_sizes(world)}",
+            f"and {world} of the cluster are no multiple of that; a model may take "
+            f"{divisors(world)}",
         )
         return
     replicas = world // backend.model_parallel_size
@@ -48,11 +50,6 @@ def layout_conflicts(policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[C
             f"does not divide the {replicas} data-parallel ranks",
         )
     yield from _batch_conflicts(policy, replicas, (*sizes, *machines))
-
-
-def _sizes(number: int) -> str:
-    """What divides a number, as text."""
-    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
 
 
 def _expert_conflicts(

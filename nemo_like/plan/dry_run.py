@@ -180,7 +180,7 @@ def _rollout_facts(tree: GRPOTree) -> dict[str, str]:
     engines = f"{policy.generation.backend}, responses of at most {policy.max_new_tokens} tokens"
     if grpo.max_rollout_turns > 1:
         engines += f", {grpo.max_rollout_turns} of them in a rollout"
-    judges = sorted({tree.data.judge(source) for source in tree.data.sources().values()})
+    judges = sorted(tree.data.judges)
     if "custom" in judges:  # its function must be there
         custom = tree.env.custom.model_copy(update={"num_workers": 1})
         env = tree.env.model_copy(update={"custom": custom})

@@ -144,8 +144,7 @@ def begun_with(tree: GRPOTree, weights: Path) -> GRPOTree:
 
 
 def _train(tree: GRPOTree, session: Session, stack: ExitStack) -> int:
-    judges = {tree.data.judge(source) for source in tree.data.sources().values()}
-    environment = build_environments(tree.env, judges, say=session.say)
+    environment = build_environments(tree.env, tree.data.judges, say=session.say)
     stack.callback(environment.close)
     world = stack.enter_context(_machines(tree, session))
     session.say("data: reading and tokenising")

@@ -81,11 +81,7 @@ def refuse_unsupported(policy: PolicyConfig, hf_config: Any) -> None:
     """
     config = policy.megatron_cfg
     # The table refuses biases that it does not know, and matrices that can not be cut.
-    WeightTable(
-        hf_config,
-        tp_size=config.tensor_model_parallel_size,
-        expert_tp_size=config.expert_tensor_parallel_size,
-    )
+    WeightTable.of(config, hf_config)
     inverse_frequencies(hf_config)
     layers_of_stages(config, hf_config.num_hidden_layers)
     for key, reason in (*_model_refusals(hf_config), *_policy_refusals(policy, hf_config)):

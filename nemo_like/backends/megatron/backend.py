@@ -51,11 +51,7 @@ class MegatronBackend(RankBackend):
         leaving.callback(self.parallel.destroy)
         first = FirstModel.of(policy, seed=settings.seed)
         self.hf_config = first.hf_config
-        self.table = WeightTable(
-            self.hf_config,
-            tp_size=self.parallel.size("tp"),
-            expert_tp_size=self.parallel.size("etp"),
-        )
+        self.table = WeightTable.of(config, self.hf_config)
         model = build_model(
             policy, self.hf_config, self.parallel, device, temperature=settings.temperature
         )

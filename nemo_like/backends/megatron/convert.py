@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_like.backends.hf_models import hub_shapes
+from nemo_like.config.megatron import MegatronConfig
 from nemo_like.errors import ConfigError
 from nemo_like.optim.layout import Shape
 from nemo_like.optim.views import AttentionShape, attention_shape
@@ -77,6 +78,15 @@ class WeightTable:
         self.entries = dict(self._entries(hf_config))
         for name, entry in self.entries.items():
             self._refuse_uneven(name, entry)
+
+    @classmethod
+    def of(cls, config: MegatronConfig, hf_config: Any) -> WeightTable:
+        """The table of a model in this layout."""
+        return cls(
+            hf_config,
+            tp_size=config.tensor_model_parallel_size,
+            expert_tp_size=config.expert_tensor_parallel_size,
+        )
 
     def local_box(self, name: str, tp_rank: int) -> tuple[Shape, Shape]:
         """Offset and shape of a tensor-parallel rank's part of a whole parameter.

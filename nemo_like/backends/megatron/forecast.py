@@ -38,11 +38,7 @@ class Forecast:
         refuse_unsupported(policy, hf_config)
         self._policy, self._config = policy, policy.megatron_cfg
         config, self._optimizer = self._config, policy.active_optimizer
-        self.table = WeightTable(
-            hf_config,
-            tp_size=config.tensor_model_parallel_size,
-            expert_tp_size=config.expert_tensor_parallel_size,
-        )
+        self.table = WeightTable.of(config, hf_config)
         self._grid = Grid.of(config, world)
         self._blockwise = self._optimizer.is_muon and self._optimizer.muon_tp_mode == "blockwise"
         self._attention = packed_attention(hf_config, config, blockwise=self._blockwise)

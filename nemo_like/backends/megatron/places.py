@@ -11,6 +11,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from nemo_like.backends.megatron.convert import EMBEDDING, Entry, WeightTable
 from nemo_like.config.draft import show
 from nemo_like.config.megatron import MegatronConfig
+from nemo_like.config.report import divisors
 from nemo_like.errors import ConfigError
 from nemo_like.optim.layout import Layout, Shape, layout_on
 
@@ -127,8 +128,7 @@ def layers_of_stages(config: MegatronConfig, num_layers: int) -> tuple[int, ...]
 
 def _remedy(num_layers: int, pp: int) -> str:
     """Numbers of stages with equal parts, and ends that leave equal parts to the asked number."""
-    even = ", ".join(str(n) for n in range(1, num_layers + 1) if num_layers % n == 0)
-    text = f"Without these two keys {even} stages are even"
+    text = f"Without these two keys {divisors(num_layers)} stages are even"
     each = -(-num_layers // pp)
     ends = num_layers - each * (pp - 2)
     if pp > 2 and ends >= 2:
